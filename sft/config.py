@@ -1,0 +1,282 @@
+"""Every option of every command: once, typed, with its unit and its default's reason.
+
+`sft.settings` turns a YAML file and `--section.key value` flags into these frozen objects.
+Rules that need more than one field are validators here, so that every problem shows in one message.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A frozen group of options in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _split_commas(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    entries = _split_commas(value)
+    if not isinstance(entries, list):
+        return entries
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+# Data preparation
+
+
+class Source(Section):
+    path: str
+    """A .json file (one array of objects) or a .jsonl file (one object per line)."""
+    name: str | None = None
+    """Name in the report and the manifest; default: the file's stem."""
+    format: Literal["alpaca", "text"] = "alpaca"
+    """alpaca: instruction, input, output (the output is supervised); text: one field `text`, all of it supervised."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row is used: 2.0 = twice, 0.25 = a seeded quarter of the rows."""
+
+
+class PrepConfig(Section):
+    sources: Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
+    """Input files; a bare path is short for {path: ...}."""
+    tokenizer: str
+    """Folder with tokenizer.json and/or tokenizer.model: the model's own tokenizer."""
+    template: Literal["alpaca"] = "alpaca"
+    """Prompt template of instruction rows; rows of format text take none."""
+    seq_len: Annotated[int, Field(ge=8)] = 4096
+    """Tokens per pack at most; the model's context length is a good choice."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """A row longer than seq_len: dropped and counted; cut at the end (its last supervised token stays a stop token); or an error."""
+    heldout: Annotated[float, Field(ge=0)] = 0.0
+    """Rows kept for held-out loss, chosen by a seeded hash: a fraction below 1, or a number of rows."""
+    dedup: Literal["none", "exact"] = "exact"
+    """exact: of rows with equal prompt and response, the first is kept."""
+    decontaminate: Annotated[list[str], Field(max_length=0)] = []
+    """Files of evaluation items whose overlapping rows are dropped; not available yet, leave empty."""
+    seed: int = 0
+    """Seed of the held-out split and of fractional weights."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Processes; auto = one per available core. The output does not depend on it."""
+    engine: Literal["local"] = "local"
+    """Where the workers run: on this host."""
+    out: str
+    """Folder to create: train/, heldout/ and report.json go here."""
+
+    @field_validator("heldout")
+    @classmethod
+    def _whole_rows(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("must be a fraction below 1 or a whole number of rows")
+        return value
+
+
+# Training
+
+
+class ModelSection(Section):
+    path: str
+    """Folder of the base model: config.json, safetensors weights and its tokenizer."""
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    """flash_attention_2: the flash-attn package; varlen: PyTorch's own variable-length kernel; sdpa: one
+    scaled-dot-product call per group of documents of like length, on any device; auto: the first that this device can run."""
+    activation_checkpointing: Literal["full", "none"] = "full"
+    """full: keep one activation per layer and recompute the rest in backward (about 1/3 more compute, far less memory)."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype. auto: bf16 on GPUs and on CPUs with bf16 units, else fp32. Master weights are always fp32."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """RMSNorm, SwiGLU and RoPE kernels. auto: liger-kernel on a GPU where it is installed and knows the model, else torch."""
+
+
+class DataSection(Section):
+    train: str
+    """Shard folder written by `sft prep`: <prep out>/train."""
+    heldout: str | None = None
+    """Shard folder for held-out loss: <prep out>/heldout; null: none is measured."""
+    seed: int = 0
+    """Seed of the order of packs; each epoch has its own permutation."""
+
+
+class BatchSection(Section):
+    rows_per_step: PositiveInt = 128
+    """GLOBAL packs per optimizer step; accumulation = rows_per_step / (ranks x micro_batch)."""
+    micro_batch: PositiveInt = 1
+    """Packs in one forward of one rank, laid end to end. Changes memory and speed, never the update."""
+
+
+class TrainSection(Section):
+    epochs: PositiveInt = 3
+    """Passes over the packs; ignored where max_steps is set."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps of the whole run (the schedule spans them); null: from epochs."""
+    stop_after: PositiveInt | None = None
+    """Save and leave after this step; the schedule still spans the whole run. Run again to go on."""
+
+
+class OptimSection(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), fp32 states."""
+    lr: Annotated[float, Field(gt=0)] = 2.0e-5
+    """Peak learning rate; 1e-5 to 2e-5 is usual for full-parameter SFT of 7B-13B models."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and second moment; 0.95 forgets a gradient spike sooner than the classic 0.999."""
+    eps: Annotated[float, Field(gt=0)] = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled decay per unit of learning rate, for matrices only."""
+    no_decay: Annotated[list[str], BeforeValidator(_split_commas)] = ["embed", "norm", "bias"]
+    """Parameters whose name holds one of these strings are not decayed; one-dimensional ones never are."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class ScheduleSection(Section):
+    name: Literal["cosine", "linear", "constant", "cosine_restarts"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Linear warm-up: a fraction of all steps below 1, else a number of steps."""
+    min_lr_ratio: Fraction = 0.1
+    """The floor, as a fraction of lr."""
+    cycles: PositiveInt = 1
+    """Number of equal cosine cycles; cosine_restarts only."""
+
+
+class CheckpointSection(Section):
+    every: PositiveInt = 500
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep_last: PositiveInt = 2
+    """Newest complete checkpoints kept."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest held-out loss."""
+
+
+class EvalSection(Section):
+    every: PositiveInt = 500
+    """Optimizer steps between measurements of the held-out loss (and at the last step)."""
+
+
+class TrackSection(Section):
+    wandb: Literal["off", "offline", "online"] = "offline"
+    """offline writes to <out>/wandb for a later `wandb sync`; online needs a network and WANDB_API_KEY."""
+    project: str = "sft"
+    """wandb project name."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to <out>/tensorboard (extra: tensorboard)."""
+
+
+class RunConfig(Section):
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection = BatchSection()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    deepspeed: str = "zero3"
+    """A DeepSpeed JSON file, or the name of a shipped one: zero2, zero3, zero3_offload_optimizer, zero3_offload_all."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    track: TrackSection = TrackSection()
+    out: str
+    """Folder of this run; running the same command again resumes from its newest complete checkpoint."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.batch.rows_per_step % self.batch.micro_batch:
+            raise ValueError(
+                f"batch.rows_per_step {self.batch.rows_per_step} must be a multiple of "
+                f"batch.micro_batch {self.batch.micro_batch}"
+            )
+        if self.schedule.cycles > 1 and self.schedule.name != "cosine_restarts":
+            raise ValueError(f"schedule.cycles {self.schedule.cycles} needs schedule.name cosine_restarts")
+        return self
+
+
+# Export
+
+
+class ExportConfig(Section):
+    run: str
+    """Run folder (its newest complete checkpoint), or one checkpoint folder."""
+    out: str | None = None
+    """Folder to create; default: <run>/export."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of the exported weights; auto: the dtype the model was computed in."""
+    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    """Largest safetensors file in GB (10^9 bytes); also bounds the host memory in use."""
+
+
+# Evaluation
+
+
+class ShotsSection(Section):
+    mmlu: Annotated[int, Field(ge=0, le=5)] = 5
+    """Solved examples before each MMLU question, the first of the subject's dev split."""
+    hellaswag: Annotated[int, Field(ge=0)] = 0
+    """Solved examples before each HellaSwag item, drawn from the train split as lm_eval draws them."""
+
+
+class ScoreOptions(Section):
+    """What two models must share to be compared."""
+
+    tasks: Annotated[list[Literal["mmlu", "hellaswag"]], BeforeValidator(_split_commas), Field(min_length=1)] = [
+        "mmlu",
+        "hellaswag",
+    ]
+    """Tasks, separated by commas."""
+    data: str
+    """Folder that holds MMLU and HellaSwag in any public layout, found by content."""
+    shots: ShotsSection = ShotsSection()
+    limit: PositiveInt | None = None
+    """Score the first N items of every MMLU subject and of HellaSwag."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute dtype of the model. auto: bf16 on GPUs, fp32 on CPUs without bf16 units. Scores are always summed in fp32."""
+    tokens_per_batch: PositiveInt = 16384
+    """Padded tokens in one forward at most."""
+    out: str
+    """Folder for the results."""
+
+
+class EvalConfig(ScoreOptions):
+    model: str
+    """Folder of the model and its tokenizer."""
+
+
+class GateSection(Section):
+    max_drop: Fraction | None = None
+    """Fail (exit code 3) when a task's accuracy dropped by more than this (0.01 = one point); null: no gate."""
+
+
+class DriftConfig(ScoreOptions):
+    base: str
+    """Folder of the model before training."""
+    tuned: str
+    """Folder of the model after training."""
+    gate: GateSection = GateSection()
+
+
+# Looking at packed rows, and the demonstration
+
+
+class ShowConfig(Section):
+    shards: str
+    """Shard folder written by `sft prep` (<prep out>/train), or the folder above it."""
+    rows: PositiveInt = 2
+    """Packs to print."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """First pack to print."""
+    tokenizer: str | None = None
+    """Tokenizer folder; default: the one the manifest names."""
+
+
+class DemoConfig(Section):
+    out: str = "runs/demo"
+    """Folder for everything the demonstration makes."""
+    ranks: PositiveInt = 2
+    """CPU ranks of the ZeRO-3 fine-tuning."""

@@ -1,0 +1,34 @@
+"""The two ways a command may end early, and the exit codes that callers rely on.
+
+Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's input, 3 a gate failed.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_BAD_INPUT = 2
+EXIT_GATE_FAILED = 3
+
+
+class UserError(Exception):
+    """A mistake in the input: one line that says what, where, which value and what to do."""
+
+
+class GateFailed(Exception):
+    """A measured value is beyond the limit that the user set; the report has been written."""
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run `main(argv)` and turn the two expected endings into exit codes, without a traceback."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except GateFailed as error:
+        print(f"gate failed: {error}", file=sys.stderr)
+        return EXIT_GATE_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
