@@ -86,7 +86,7 @@ class ModelSection(Section):
     """Folder of the base model: config.json, safetensors weights and its tokenizer."""
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     """flash_attention_2: the flash-attn package; varlen: PyTorch's own variable-length kernel; sdpa: one
-    scaled-dot-product call per group of documents of like length, on any device; auto: the first that this device can run."""
+    scaled-dot-product call per document, on any device; auto: the first of these that can run here."""
     activation_checkpointing: Literal["full", "none"] = "full"
     """full: keep one activation per layer and recompute the rest in backward (about 1/3 more compute, far less memory)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -97,7 +97,9 @@ def _build_parser(model: type[BaseModel], prog: str, positional: str | None) -> 
         default = "required" if field.is_required() else f"default: {_show(field.get_default())}"
         parser.add_argument(f"--{name}", metavar=_metavar(field.annotation), help=f"{help_text} [{default}]")
         if name == positional:
-            parser.add_argument(name, nargs="?", metavar=name.upper(), help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+            parser.add_argument(
+                name, nargs="?", metavar=name.upper(), help=argparse.SUPPRESS, default=argparse.SUPPRESS
+            )
     return parser
 
 
@@ -166,13 +168,17 @@ def _unknown_flag(flag: str, known: Sequence[str]) -> str:
 
 
 def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mapping[str, Any]) -> list[str]:
-    location = [str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "literal[", "function-"))]
+    location = [
+        str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "literal[", "function-"))
+    ]
     name = ".".join(location) or "config"
     where = f"--{name}" if name in given else f"'{name}' in {file}" if file else f"--{name}"
     if item["type"] == "missing":
         required = [option for option, field in walk_options(model) if field.is_required()]
         missing = [option for option in required if option == name or option.startswith(f"{name}.")]
-        return [f"--{option} is missing: give the flag, or the key in --config FILE.yaml" for option in missing or [name]]
+        return [
+            f"--{option} is missing: give the flag, or the key in --config FILE.yaml" for option in missing or [name]
+        ]
     if item["type"] == "extra_forbidden":
         known = [option for option, _ in walk_options(model)] + list(model.model_fields)
         siblings = _keys_at(model, item["loc"][:-1]) or known

@@ -1,0 +1,209 @@
+"""The only assembler of a DeepSpeed engine: the user's strategy file plus what the run config owns."""
+
+import importlib.util
+import json
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from sft.attention import choose_kernel, register
+from sft.config import RunConfig
+from sft.errors import UserError
+from sft.model import PackedCausalLM, load_model
+from sft.optim import build_optimizer
+
+OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wandb",
+    "tensorboard",
+    "csv_monitor",
+)
+"""Keys of a DeepSpeed file whose value follows from the run config; in the file they are an error."""
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a run computes in and with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    liger: bool
+
+
+def read_strategy(name: str) -> dict[str, Any]:
+    """A DeepSpeed JSON file, by path or by the name of a shipped one.
+
+    Raises:
+        UserError: no such file, not JSON, holds "auto" or a key that the run config owns, or is no ZeRO 1-3.
+    """
+    path = _find_strategy(name)
+    try:
+        strategy = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(strategy, dict):
+        raise UserError(f"deepspeed {path}: must hold a JSON object")
+    if owned := [key for key in OWNED_KEYS if key in strategy]:
+        raise UserError(f"deepspeed {path}: remove {', '.join(owned)}: the run config decides it")
+    if autos := sorted(_paths_of_auto(strategy)):
+        raise UserError(f'deepspeed {path}: {", ".join(autos)} is "auto"; write the number (see ds_configs/README.md)')
+    stage = strategy.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise UserError(f"deepspeed {path}: zero_optimization.stage is {stage}, must be 1, 2 or 3")
+    return strategy
+
+
+def start_distributed() -> torch.device:
+    """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        deepspeed.init_distributed("nccl", timeout=GROUP_TIMEOUT, verbose=False)
+        return device
+    # the shared-memory op would be compiled on first use; a build that is killed leaves a lock that hangs later starts
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", timeout=GROUP_TIMEOUT, verbose=False)
+    return torch.device("cpu")
+
+
+def choose_numerics(config: RunConfig, device: torch.device, model_type: str) -> Numerics:
+    """Device, dtype, attention kernel and layer kernels; `auto` resolved, explicit wishes checked.
+
+    Raises:
+        UserError: a wish cannot be met on this device.
+    """
+    dtype = choose_dtype(config.model.precision, device)
+    attention = choose_kernel(config.model.attention, device, dtype)
+    has_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    if config.model.kernels == "liger" and not has_liger:
+        raise UserError("model.kernels liger: needs a GPU and the liger-kernel package; use torch")
+    liger = has_liger and config.model.kernels != "torch" and model_type in ("llama", "mistral", "qwen2", "qwen3")
+    return Numerics(device, dtype, attention, liger)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32: emulated bf16 products are 27 times slower than fp32."""
+    if wanted == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> deepspeed.DeepSpeedEngine:
+    """Load the base model and wrap it: partitioned, with optimizer, ready for `engine(micro_batch)`."""
+    settings = engine_settings(config, strategy, numerics)
+    model = _load(config, settings, numerics)
+    offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    optimizer = build_optimizer(
+        model, config.optim, on_cpu_beside_gpu=offload == "cpu" and numerics.device.type == "cuda"
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    wrong = [
+        name for name, buffer in engine.module.named_buffers() if "inv_freq" in name and buffer.dtype != torch.float32
+    ]
+    assert not wrong, f"rotary frequencies must stay fp32, got {wrong}"
+    return engine
+
+
+def engine_settings(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> dict[str, Any]:
+    """The complete DeepSpeed config. Accumulation is ours (one step() per optimizer step), nothing divides behind us."""
+    return {
+        **strategy,
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": float(config.optim.grad_clip),  # left out, DeepSpeed 0.19 would clip at 1.0
+        "bf16": {"enabled": numerics.dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": numerics.device.type == "cuda",
+        "steps_per_print": 10**9,
+    }
+
+
+def data_parallel_size(engine: deepspeed.DeepSpeedEngine) -> int:
+    """W of the gradient average that ZeRO takes; the loss is multiplied by it, so that the sum remains."""
+    return dist.get_world_size(engine.optimizer.dp_process_group)
+
+
+def dtype_table(engine: deepspeed.DeepSpeedEngine) -> dict[str, str]:
+    """What is held in which precision: compute weights, gradients, communication, master weights, optimizer."""
+    model_dtype, accumulation = engine.get_data_types()
+    return {
+        "weights (compute)": str(model_dtype),
+        "gradient accumulation": str(accumulation),
+        "gradient communication": str(engine.communication_data_type),
+        "master weights": "torch.float32",
+        "optimizer": f"{type(engine.optimizer.optimizer).__name__}, states torch.float32",
+    }
+
+
+def _load(config: RunConfig, settings: dict[str, Any], numerics: Numerics) -> PackedCausalLM:
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    partitioned = settings["zero_optimization"]["stage"] == 3
+    # transformers partitions weights on arrival while this object is alive
+    alive = HfDeepSpeedConfig(settings) if partitioned else None
+    model = load_model(
+        config.model.path,
+        dtype=numerics.dtype,
+        attention=register(numerics.attention),
+        checkpointing=config.model.activation_checkpointing == "full",
+        liger=numerics.liger,
+    )
+    if alive is not None:
+        unset_hf_deepspeed_config()
+        whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]
+        assert not whole, f"not partitioned on load: {whole[:3]}"
+        return model
+    return model.to(numerics.device)
+
+
+def _find_strategy(name: str) -> Path:
+    given = Path(name)
+    if given.is_file():
+        return given
+    here = Path(__file__).parent
+    folders = [here / "ds_configs", here.parent / "ds_configs"]  # installed, or run from the repository
+    shipped = {file.stem: file for folder in folders for file in sorted(folder.glob("*.json"))}
+    if given.stem in shipped and given.parent.name in ("", "ds_configs"):
+        return shipped[given.stem]
+    raise UserError(f"deepspeed {name}: no such file; shipped: {', '.join(shipped)}")
+
+
+def _paths_of_auto(value: Any, prefix: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [path for key, item in value.items() for path in _paths_of_auto(item, f"{prefix}{key}.")]
+    return [prefix.rstrip(".")] if value == "auto" else []
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

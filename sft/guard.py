@@ -1,0 +1,77 @@
+"""What may stop a run: packs that are not isolated, and steps whose gradient is not finite."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sft.batch import build
+from sft.errors import UserError
+
+ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest relative difference (L2) between a document's hidden states alone and packed. Kernels sum in another order:
+fp32 leaves 1e-6, bf16 with its 8 bits of mantissa about 1e-2."""
+
+MAX_SKIPPED_IN_A_ROW = 3
+PROBE_LENGTHS = (37, 23)
+
+
+def prove_isolation(engine: Any, vocab_size: int, device: torch.device) -> str:
+    """Show on the loaded model that a document's states do not depend on its neighbour in the pack; collective.
+
+    Document B is run alone, then packed behind document A. Control: the same tokens as one document must
+    give B other states, or the probe could not have seen a leak.
+
+    Returns:
+        One line with the measured differences.
+
+    Raises:
+        UserError: the packed states differ, or the control does not: training would mix documents unseen.
+    """
+    generator = np.random.RandomState(0)
+    first, second = (generator.randint(0, vocab_size, length) for length in PROBE_LENGTHS)
+    alone = _hidden(engine, [second], device)
+    packed = _hidden(engine, [first, second], device)[len(first) :]
+    joined = _hidden(engine, [np.concatenate([first, second])], device)[len(first) :]
+    leak, control = _relative(packed, alone), _relative(joined, alone)
+    tolerance = ISOLATION_TOLERANCE[alone.dtype]
+    line = f"isolation probe: packed against alone {leak:.1e} (limit {tolerance:.0e}), control without boundary {control:.1e}"
+    if not leak <= tolerance:
+        raise UserError(
+            f"{line}: documents of a pack see each other with this attention kernel; choose model.attention sdpa"
+        )
+    if not control > tolerance:
+        raise UserError(
+            f"{line}: the probe cannot tell packed from joined on this model; are its weights trained and finite?"
+        )
+    return line
+
+
+class SkipCounter:
+    """Counts optimizer steps that were not taken because loss or gradient was not finite."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def update(self, applied: bool, step: int) -> None:
+        """Note the outcome of a step.
+
+        Raises:
+            RuntimeError: too many in a row; the weights are those of the last good step.
+        """
+        self.in_a_row = 0 if applied else self.in_a_row + 1
+        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"step {step}: loss or gradient was not finite {self.in_a_row} steps in a row; the doc_ids are in "
+                "events.jsonl. Usual causes: a learning rate that is too high, a broken base model, damaged data"
+            )
+
+
+def _hidden(engine: Any, documents: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    batch = build([(ids, np.full(len(ids), -100)) for ids in documents], device)
+    with torch.no_grad():
+        return engine(batch, return_hidden=True)
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm())

@@ -1,0 +1,148 @@
+"""A checkpoint becomes a Hugging Face model folder: streamed, reloaded, compared tensor by tensor, then published.
+
+One safetensors file of the folder is held in memory at a time. The folder is built under a temporary name and
+renamed when transformers has loaded it back with every tensor equal to the checkpoint's, bit for bit.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+
+from sft.checkpoint import Pieces, read_meta
+from sft.errors import UserError
+from sft.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def export_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "auto", max_shard_gb: float = 5.0) -> None:
+    """Write `checkpoint` as a model folder `out`, with the base model's config and tokenizer beside the weights.
+
+    Args:
+        base: the model folder that training started from.
+        dtype: bf16, fp32, or auto = the dtype that the model was computed in.
+        max_shard_gb: largest weights file in 10^9 bytes.
+
+    Raises:
+        UserError: `out` exists, the checkpoint is incomplete, or the folder does not load back equal.
+    """
+    if out.exists():
+        raise UserError(f"export {out}: exists; remove it or choose another --out")
+    meta = read_meta(checkpoint)
+    torch_dtype = DTYPES[meta["dtype"] if dtype == "auto" else dtype]
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_config(base, partial, torch_dtype)
+    _copy_tokenizer(base, partial)
+    _write_generation_config(base, partial)
+    _write_weights(checkpoint, meta["shapes"], partial, torch_dtype, int(max_shard_gb * 1e9))
+    verify(checkpoint, meta["shapes"], partial, torch_dtype)
+    os.replace(partial, out)
+
+
+def verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: torch.dtype) -> None:
+    """Load `folder` with transformers and compare every parameter with the checkpoint.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or different, or tokenizer or generation config do not load.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    load_tokenizer(folder)
+    GenerationConfig.from_pretrained(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise UserError(f"export {folder}: does not load back: {len(wrong)} keys wrong, first {wrong[0]}")
+    loaded = dict(model.named_parameters())
+    if differing := sorted(loaded.keys() ^ shapes.keys()):
+        raise UserError(f"export {folder}: parameters differ from the checkpoint's, first {differing[0]}")
+    for name, tensor in _tensors(checkpoint, shapes, list(shapes), dtype):
+        if loaded[name].dtype != dtype or not torch.equal(loaded[name].detach(), tensor):
+            raise UserError(f"export {folder}: {name} loads back different from the checkpoint")
+
+
+def _write_weights(
+    checkpoint: Path, shapes: dict[str, list[int]], out: Path, dtype: torch.dtype, max_bytes: int
+) -> None:
+    plan = _plan_files(shapes, dtype.itemsize, max_bytes)
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(track(plan, description="export", disable=len(plan) < 2), start=1):
+        file = f"model-{index:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else "model.safetensors"
+        save_file(dict(_tensors(checkpoint, shapes, names, dtype)), out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(plan) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan_files(shapes: dict[str, list[int]], itemsize: int, max_bytes: int) -> list[list[str]]:
+    """Parameter names per file, in order; a parameter larger than the limit gets a file of its own."""
+    plan: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * itemsize
+        if plan[-1] and size + num_bytes > max_bytes:
+            plan.append([])
+            size = 0
+        plan[-1].append(name)
+        size += num_bytes
+    return plan
+
+
+def _tensors(
+    checkpoint: Path, shapes: dict[str, list[int]], names: list[str], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    pieces = Pieces(checkpoint)
+    for name in names:
+        yield name, pieces.read(name, "fp32", 0, math.prod(shapes[name])).reshape(shapes[name]).to(dtype)
+
+
+def _write_config(base: Path, out: Path, dtype: torch.dtype) -> None:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # the old name of the same key
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(out / "config.json", config)
+
+
+def _copy_tokenizer(base: Path, out: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)
+
+
+def _write_generation_config(base: Path, out: Path) -> None:
+    """The base's settings, with the stop token that training supervised first, so that generate() ends there.
+
+    Edited as JSON: transformers refuses to save a config that mixes sampling values with do_sample = false,
+    as Llama-2's does, and a long run would be lost at its last line.
+    """
+    path = base / "generation_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    tokenizer = load_tokenizer(base)
+    before = settings.get("eos_token_id")
+    others = before if isinstance(before, list) else [] if before is None else [before]
+    stops = list(dict.fromkeys([tokenizer.eos_id, *others]))
+    settings["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    settings.setdefault("bos_token_id", tokenizer.hf.bos_token_id)
+    if settings.get("pad_token_id") is None:
+        settings["pad_token_id"] = tokenizer.eos_id
+    if not settings.get("do_sample"):
+        for name in ("temperature", "top_p", "top_k"):
+            settings.pop(name, None)
+    _write_json(out / "generation_config.json", settings)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

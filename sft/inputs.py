@@ -1,0 +1,142 @@
+"""What a run reads, opened and compared before any process group exists: mistakes show in seconds, once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import Shards, open_shards
+from sft.config import RunConfig
+from sft.engine import read_strategy
+from sft.errors import UserError
+from sft.model import check_context, read_model_config
+from sft.order import steps_per_epoch
+from sft.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that training reads, and the arithmetic that follows from it."""
+
+    train: Shards
+    heldout: Shards | None
+    tokenizer: Tokenizer
+    strategy: dict[str, Any]
+    """The DeepSpeed file."""
+    model_config: dict[str, Any]
+    """config.json of the base model."""
+    world_size: int
+    accumulation: int
+    """Forwards of one rank per optimizer step."""
+    steps_per_epoch: int
+    total_steps: int
+    """Optimizer steps that the schedule spans."""
+    last_step: int
+    """The step after which the process ends: total_steps, or stop_after of a run in parts."""
+
+
+def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
+    """Open and check everything that `config` names, for `world_size` ranks.
+
+    Raises:
+        UserError: something is missing, torn, of another tokenizer, too long, or does not divide.
+    """
+    per_forward = world_size * config.batch.micro_batch
+    if config.batch.rows_per_step % per_forward:
+        raise UserError(
+            f"batch.rows_per_step {config.batch.rows_per_step} is no multiple of {world_size} ranks x micro_batch "
+            f"{config.batch.micro_batch} = {per_forward}; use {_nearest_multiple(config.batch.rows_per_step, per_forward)}"
+        )
+    strategy = read_strategy(config.deepspeed)
+    model_config = read_model_config(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
+    train = _open_shards("data.train", config.data.train, tokenizer, model_config, config.model.path)
+    heldout = None
+    if config.data.heldout is not None:
+        heldout = _open_shards("data.heldout", config.data.heldout, tokenizer, model_config, config.model.path)
+    epoch = steps_per_epoch(len(train), config.batch.rows_per_step)
+    total = config.train.max_steps or config.train.epochs * epoch
+    return RunInputs(
+        train=train,
+        heldout=heldout,
+        tokenizer=tokenizer,
+        strategy=strategy,
+        model_config=model_config,
+        world_size=world_size,
+        accumulation=config.batch.rows_per_step // per_forward,
+        steps_per_epoch=epoch,
+        total_steps=total,
+        last_step=min(total, config.train.stop_after or total),
+    )
+
+
+def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
+    """What makes a checkpoint this run's: a resume with any other value would not be the same run."""
+    return {
+        "data_key": inputs.train.manifest["content_key"],
+        "tokenizer": inputs.tokenizer.digest,
+        "rows_per_step": config.batch.rows_per_step,
+        "data_seed": config.data.seed,
+        "total_steps": inputs.total_steps,
+    }
+
+
+def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
+    """The derived numbers, shown as the products that made them."""
+    rows, micro = config.batch.rows_per_step, config.batch.micro_batch
+    totals = inputs.train.manifest["totals"]
+    packs = len(inputs.train)
+    return [
+        f"rows per step   {inputs.world_size} ranks x {micro} micro-batch x {inputs.accumulation} accumulation = {rows}",
+        f"tokens per step {rows} packs x {totals['tokens'] / packs:,.0f} tokens = {rows * totals['tokens'] / packs:,.0f}, "
+        f"of which {rows * totals['labels'] / packs:,.0f} are labels",
+        f"steps           {packs:,} packs / {rows} = {inputs.steps_per_epoch:,} per epoch, {inputs.total_steps:,} in all",
+    ]
+
+
+def _open_shards(
+    option: str, folder: str, tokenizer: Tokenizer, model_config: dict[str, Any], model_path: str
+) -> Shards:
+    shards = open_shards(folder)
+    made_with = shards.manifest["tokenizer"]
+    if made_with["digest"] != tokenizer.digest and not _same_ids(made_with, tokenizer):
+        raise UserError(
+            f"{option} {folder}: was prepared with another tokenizer ({made_with['path']}) than {model_path} has; "
+            f"prepare it again with --tokenizer {model_path}"
+        )
+    if made_with["vocab_size"] > model_config["vocab_size"]:
+        raise UserError(
+            f"{option} {folder}: ids reach {made_with['vocab_size'] - 1}, but {model_path} has "
+            f"{model_config['vocab_size']} embedding rows; use the model's own tokenizer"
+        )
+    longest = max(shards.manifest["seq_len"], 1)
+    check_context(model_config, model_path, longest)
+    return shards
+
+
+def _same_ids(made_with: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer with other file bytes is still the same one: equal ids for the manifest's probe strings."""
+    if (made_with["vocab_size"], made_with["bos_id"], made_with["eos_id"]) != (
+        tokenizer.vocab_size,
+        tokenizer.bos[0] if tokenizer.bos else None,
+        tokenizer.eos_id,
+    ):
+        return False
+    return all(tokenizer.encode(probe["text"]) == probe["ids"] for probe in made_with["probe"])
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(1, round(value / factor)) * factor
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The run's folder; one that holds anything else than a run is refused.
+
+    Raises:
+        UserError: the folder exists, is not empty, and has no config.yaml of a run.
+    """
+    out = Path(config.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.yaml").is_file():
+        raise UserError(f"--out {out}: exists and is no run folder; choose another")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; choose a folder")
+    return out

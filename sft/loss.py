@@ -1,0 +1,69 @@
+"""Summed cross-entropy over the supervised positions, in chunks that never hold all logits.
+
+The head turns N hidden states into the sum of N token losses. Logits exist for one chunk at a time; their
+gradient is formed in the same pass (d loss / d logits = softmax - onehot), so nothing is recomputed in
+backward, and the weight's gradient is summed over chunks in fp32. The caller divides by the step's number of
+labels: `loss = sum / N_step`, so how a step is cut into micro-batches and ranks cannot matter.
+
+The work runs inside the forward of the module that owns the weight: ZeRO-3 gathers it there, once.
+
+Shape legend: N supervised positions, C positions of a chunk, E hidden size, V vocabulary rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+CHUNK_LOGITS = 2**26
+"""Logits of one chunk at most: 256 MiB in fp32. 512 positions for a vocabulary of 128k, 2048 for 32k."""
+
+
+class LossHead(nn.Linear):
+    """An LM head that returns summed losses when it is given targets, and logits when not."""
+
+    def forward(self, hidden_NE: torch.Tensor, targets_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Summed loss, fp32 scalar (0, still connected to the graph, for N = 0); logits [..., V] without targets."""
+        if targets_N is None:
+            return super().forward(hidden_NE)
+        return _SummedCrossEntropy.apply(hidden_NE, self.weight, targets_N, torch.is_grad_enabled())
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NE: torch.Tensor, weight_VE: torch.Tensor, targets_N: torch.Tensor, need_grad: bool
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
+        grad_hidden_NE = torch.empty_like(hidden_NE) if need_grad else None
+        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if need_grad else None
+        chunk = max(1, CHUNK_LOGITS // weight_VE.shape[0])
+        for start in range(0, len(targets_N), chunk):
+            part = slice(start, start + chunk)
+            targets_C1 = targets_N[part, None]
+            logits_CV = (hidden_NE[part] @ weight_VE.T).float()
+            lse_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+            total += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
+            if need_grad:
+                grad_CV = logits_CV.sub_(lse_C1).exp_()
+                grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
+                grad_CV = grad_CV.to(weight_VE.dtype)
+                grad_hidden_NE[part] = grad_CV @ weight_VE
+                _add_product(grad_weight_VE, grad_CV, hidden_NE[part])
+        if need_grad:
+            ctx.save_for_backward(grad_hidden_NE, grad_weight_VE)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        grad_hidden_NE, grad_weight_VE = ctx.saved_tensors
+        # scaled in fp32: the factor itself, rounded to bf16, would be off by up to 0.4 %
+        dtype = grad_hidden_NE.dtype
+        return (grad_hidden_NE.float() * grad_total).to(dtype), grad_weight_VE.mul_(grad_total).to(dtype), None, None
+
+
+def _add_product(sum_VE: torch.Tensor, grad_CV: torch.Tensor, hidden_CE: torch.Tensor) -> None:
+    if grad_CV.dtype == sum_VE.dtype:
+        sum_VE.addmm_(grad_CV.T, hidden_CE)
+    else:
+        sum_VE += grad_CV.T @ hidden_CE

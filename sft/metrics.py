@@ -1,0 +1,142 @@
+"""What a run records: metrics.jsonl and events.jsonl always, the terminal, and trackers on rank 0."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sft.config import RunConfig
+from sft.settings import redact
+
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+"""Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets; the SXM variant where there are several."""
+
+
+def flops_per_token(config: dict[str, Any], num_parameters: int, attention_length: float) -> float:
+    """Training FLOPs of one token, forward and backward, without recomputation.
+
+    6 N + 6 L A T: N parameters that multiply (the input embedding only looks up, unless it is tied to the head), L layers, A = heads x head size,
+    T = mean of the squared document lengths over their mean: attention is causal and stays inside documents, so
+    the length of the pack would overstate it. Convention of PaLM (Chowdhery et al. 2022, appendix B), halved for causality.
+    """
+    heads = config["num_attention_heads"]
+    width = heads * (config.get("head_dim") or config["hidden_size"] // heads)
+    embedding = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
+    return 6 * (num_parameters - embedding) + 6 * config["num_hidden_layers"] * width * attention_length
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of this rank's device, or None where it is not known (CPUs, other GPUs): MFU is then null."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in PEAK_BF16_FLOPS.items() if model in name.upper()), None)
+
+
+class Recorder:
+    """Files, terminal and trackers of a run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, config: RunConfig, out: Path, is_writer: bool, total_steps: int) -> None:
+        self._out = out
+        self._is_writer = is_writer
+        self._console = Console(stderr=False, soft_wrap=True, highlight=False)
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        self._progress = _progress_bar(self._console) if is_writer and sys.stdout.isatty() else None
+        self._total_steps = total_steps
+        if is_writer:
+            self._start_trackers(config)
+
+    def __enter__(self) -> "Recorder":
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self._total_steps, status="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+        if self._is_writer:
+            self._console.print(line, markup=False)
+
+    def event(self, kind: str, step: int, **facts: Any) -> None:
+        """One line in events.jsonl: start, resume, save, evaluate, skip, finish, ... with its facts."""
+        if self._is_writer:
+            self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, "step": step, **facts})
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One line in metrics.jsonl per optimizer step, the progress bar or one plain line, and the trackers."""
+        if not self._is_writer:
+            return
+        self._append("metrics.jsonl", values)
+        step = values["step"]
+        status = _status_line(values)
+        if self._progress:
+            self._progress.update(self._task, completed=step, status=status)
+        else:
+            self._console.print(f"step {step}/{self._total_steps}  {status}", markup=False)
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a resume will run again, so that each step has one line."""
+        path = self._out / "metrics.jsonl"
+        if self._is_writer and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            temporary = path.with_suffix(".partial")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, path)
+
+    def _append(self, file: str, value: dict[str, Any]) -> None:
+        with (self._out / file).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(value) + "\n")
+
+    def _start_trackers(self, config: RunConfig) -> None:
+        if config.track.wandb != "off":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.track.project,
+                name=self._out.name,
+                dir=str(self._out),
+                mode=config.track.wandb,
+                config=redact(config.model_dump(mode="json")),
+                settings=wandb.Settings(silent=True),
+            )
+        if config.track.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._out / "tensorboard"))
+
+
+def _status_line(values: dict[str, Any]) -> str:
+    parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad norm {values['grad_norm']:.3f}"]
+    parts += [f"{values['tokens_per_s']:,.0f} tokens/s"]
+    if values["mfu"] is not None:
+        parts += [f"MFU {values['mfu']:.1%}"]
+    return "  ".join(parts)
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[status]}"), console=console)

@@ -1,0 +1,126 @@
+"""The model under training: a transformers causal LM whose forward takes a MicroBatch and returns a summed loss."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sft.batch import MicroBatch
+from sft.errors import UserError
+from sft.loss import LossHead
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""model_type values whose attention is plain causal attention with rotary positions: what sft.attention computes."""
+
+
+class PackedCausalLM(nn.Module):
+    """`hf` with packed documents in and one scalar out; parameter names are `hf.` + transformers' names."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, batch: MicroBatch, return_hidden: bool = False) -> torch.Tensor:
+        """Sum over supervised positions of -log p(target), fp32 scalar; or the last hidden states [T, E]."""
+        hidden_TE = self.hf.model(
+            input_ids=batch.ids_1T,
+            position_ids=batch.pos_1T,
+            attention_mask=None,  # with a mask or a cache transformers would mix the documents
+            use_cache=False,
+            layout=batch.layout,
+        ).last_hidden_state[0]
+        if return_hidden:
+            return hidden_TE
+        return self.hf.lm_head(hidden_TE[batch.predict_N], batch.targets_N)
+
+
+def read_model_config(folder: str) -> dict[str, Any]:
+    """config.json of a model folder, with everything checked that training relies on.
+
+    Raises:
+        UserError: folder, config or weights are missing, or the architecture is not one that is supported.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"model.path {folder}: no such folder; give a local folder with config.json and safetensors")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path {folder}: holds no config.json; is it a Hugging Face model folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {folder}/config.json: not valid JSON: {error}") from None
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model.path {folder}: holds no *.safetensors weights")
+    if config.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"model.path {folder}/config.json: model_type '{config.get('model_type')}' is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    if config.get("attention_dropout"):
+        raise UserError(
+            f"model.path {folder}/config.json: attention_dropout {config['attention_dropout']} is not supported; set it to 0.0"
+        )
+    return config
+
+
+def check_context(config: dict[str, Any], folder: str, seq_len: int) -> None:
+    """Refuse packs whose documents may be longer than what the model attends to.
+
+    Raises:
+        UserError: seq_len exceeds max_position_embeddings or an active sliding window.
+    """
+    context = config.get("max_position_embeddings") or seq_len
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    limit = min(context, window or context)
+    if seq_len > limit:
+        raise UserError(
+            f"data.train: packs of {seq_len} tokens, but {folder} attends to {limit}; prepare with --seq_len {limit}"
+        )
+
+
+def load_model(folder: str, *, dtype: torch.dtype, attention: str, checkpointing: bool, liger: bool) -> PackedCausalLM:
+    """Load weights in `dtype` (partitioned on arrival where a ZeRO-3 HfDeepSpeedConfig is alive).
+
+    Args:
+        attention: name returned by sft.attention.register.
+        checkpointing: recompute each decoder layer in backward.
+        liger: replace RMSNorm, SwiGLU and RoPE by liger-kernel's (its loss is not used: ours is exact over chunks).
+
+    Raises:
+        UserError: the weights do not fit the config (missing or unexpected tensors).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if liger:
+        _patch_with_liger(config.model_type)
+    try:
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.path {folder}: weights cannot be loaded: {reason}") from error
+    if wrong := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
+        raise UserError(f"model.path {folder}: weights lack {len(wrong)} tensors of the architecture, first {wrong[0]}")
+    hf.config.use_cache = False
+    hf.lm_head.__class__ = LossHead
+    if hf.lm_head.bias is not None:
+        raise UserError(f"model.path {folder}: an LM head with bias is not supported")
+    if checkpointing:
+        hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return PackedCausalLM(hf)
+
+
+def _patch_with_liger(model_type: str) -> None:
+    from liger_kernel.transformers import monkey_patch
+
+    patch = getattr(monkey_patch, f"apply_liger_kernel_to_{model_type}")
+    patch(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,0 +1,236 @@
+"""ZeRO-3 supervised fine-tuning: `deepspeed … --module sft.train --config run.yaml [--section.key value]`."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_prep.shards import Shards
+from sft import batch, checkpoint, order, schedule
+from sft.config import RunConfig
+from sft.engine import (
+    Numerics,
+    build_engine,
+    choose_numerics,
+    data_parallel_size,
+    dtype_table,
+    start_distributed,
+)
+from sft.errors import run_command
+from sft.guard import SkipCounter, prove_isolation
+from sft.hf_folder import export_checkpoint
+from sft.inputs import RunInputs, batch_arithmetic, identity, open_inputs, run_folder
+from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.settings import load, to_yaml
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train, or resume, the run that the options describe; at its end, export the model."""
+    config = load(RunConfig, argv, prog="sft train")
+    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    out = run_folder(config)
+    device = start_distributed()
+    is_writer = dist.get_rank() == 0
+    finished = is_finished(out, inputs)
+    if not finished:
+        numerics = choose_numerics(config, device, inputs.model_config["model_type"])
+        if is_writer:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        dist.barrier()
+        with Recorder(config, out, is_writer, inputs.total_steps) as recorder:
+            train(config, inputs, numerics, out, recorder)
+    dist.destroy_process_group()  # what follows is rank 0's alone: nobody waits for it in a collective
+    if is_writer:
+        finish(config, inputs, out, already=finished)
+
+
+def train(config: RunConfig, inputs: RunInputs, numerics: Numerics, out: Path, recorder: Recorder) -> None:
+    """From the base model to the last checkpoint."""
+    engine = build_engine(config, inputs.strategy, numerics)
+    run = Run(config, inputs, numerics, engine, out, recorder, training_flops_per_token(engine, inputs))
+    announce(run)
+    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
+    skips = SkipCounter()
+    for step in range(resume(run), inputs.last_step):
+        metrics = train_step(run, step)
+        skips.update(metrics["applied"], step + 1)
+        done = step + 1
+        saving = done == inputs.last_step or done % config.checkpoint.every == 0
+        if inputs.heldout is not None and (saving or done % config.eval.every == 0):
+            metrics["heldout_loss"] = heldout_loss(run, inputs.heldout)
+            recorder.event("evaluate", done, heldout_loss=metrics["heldout_loss"])
+        recorder.metrics(metrics)
+        if saving:
+            save(run, done, metrics.get("heldout_loss"))
+    recorder.event("finish" if inputs.last_step == inputs.total_steps else "stop", inputs.last_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every phase of a run needs; made once, never changed."""
+
+    config: RunConfig
+    inputs: RunInputs
+    numerics: Numerics
+    engine: Any
+    out: Path
+    recorder: Recorder
+    flops_per_token: float
+    """See sft.metrics.flops_per_token."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.out / "checkpoints"
+
+
+def train_step(run: Run, step: int) -> dict[str, Any]:
+    """One optimizer step (0-based `step`): loss = sum of token losses / labels of the whole step, over all ranks.
+
+    The denominator is read from the shards before the first backward. One host sync, at the end.
+    """
+    started = time.perf_counter()
+    config, shards, engine = run.config, run.inputs.train, run.engine
+    rows = order.step_rows(config.data.seed, step, len(shards), config.batch.rows_per_step)
+    labels, tokens = batch.num_labels(shards, rows), batch.num_tokens(shards, rows)
+    lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    if labels == 0:  # nothing to learn from: without this, decay and momentum would still move the weights
+        run.recorder.event("skip", step + 1, reason="no labels in this step")
+        return step_metrics(run, step, 0.0, 0.0, lr, tokens, labels, started, applied=True)
+    scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
+    loss_sum = torch.zeros((), dtype=torch.float32, device=run.numerics.device)
+    engine.train()
+    for part in order.cut(rows, dist.get_rank(), dist.get_world_size(), config.batch.micro_batch):
+        loss = engine(batch.from_shards(shards, part, run.numerics.device))
+        loss_sum += loss.detach()
+        engine.backward(loss * scale, scale_wrt_gas=False)
+    engine.step()
+    dist.all_reduce(loss_sum)
+    applied = engine.was_step_applied()
+    if not applied:
+        run.recorder.event("skip", step + 1, reason="non-finite gradient", doc_ids=document_ids(run, rows))
+    norm = float(engine.get_global_grad_norm())
+    return step_metrics(run, step, loss_sum.item() / labels, norm, lr, tokens, labels, started, applied=applied)
+
+
+def step_metrics(
+    run: Run, step: int, loss: float, norm: float, lr: float, tokens: int, labels: int, started: float, *, applied: bool
+) -> dict[str, Any]:
+    """The line of metrics.jsonl; what is logged is what was optimised."""
+    step_time_s = time.perf_counter() - started
+    tokens_per_s = tokens / step_time_s
+    peak = peak_flops(run.numerics.device)
+    on_gpu = run.numerics.device.type == "cuda"
+    return {
+        "step": step + 1,
+        "epoch": round((step + 1) / run.inputs.steps_per_epoch, 4),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "label_tokens": labels,
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak else None,
+        "step_time_s": step_time_s,
+        "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "applied": applied,
+    }
+
+
+def heldout_loss(run: Run, shards: Shards) -> float:
+    """Mean loss per label over the held-out packs; every rank runs the same number of forwards."""
+    world_size, micro_batch = dist.get_world_size(), run.config.batch.micro_batch
+    rows = order.pad(np.arange(len(shards)), world_size * micro_batch)
+    total = torch.zeros((), dtype=torch.float64, device=run.numerics.device)
+    run.engine.eval()
+    with torch.no_grad():
+        for part in order.cut(rows, dist.get_rank(), world_size, micro_batch):
+            total += run.engine(batch.from_shards(shards, part, run.numerics.device))
+    dist.all_reduce(total)
+    return total.item() / batch.num_labels(shards, rows)
+
+
+def resume(run: Run) -> int:
+    """Load the newest complete checkpoint, if there is one; returns the number of steps already taken."""
+    newest = checkpoint.newest_complete(run.checkpoints)
+    for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
+        run.recorder.say(f"not complete, left alone: {torn}")
+    if newest is None:
+        run.recorder.event("start", 0, world_size=run.inputs.world_size, identity=identity(run.config, run.inputs))
+        return 0
+    meta = checkpoint.read_meta(newest)
+    checkpoint.check_identity(newest, meta, identity(run.config, run.inputs))
+    checkpoint.load(run.engine, newest)
+    run.recorder.forget_after(meta["step"])
+    run.recorder.event("resume", meta["step"], checkpoint=str(newest), world_size=run.inputs.world_size)
+    run.recorder.say(f"resumed from {newest}")
+    return meta["step"]
+
+
+def save(run: Run, step: int, heldout: float | None) -> None:
+    """Checkpoint, then delete what retention no longer wants: never before the new one is complete."""
+    started = time.perf_counter()
+    checkpoint.save(run.engine, run.checkpoints, step, identity(run.config, run.inputs), heldout)
+    run.recorder.event("save", step, save_time_s=round(time.perf_counter() - started, 3))
+    if dist.get_rank() == 0:
+        retention = run.config.checkpoint
+        for dropped in checkpoint.prune(run.checkpoints, retention.keep_last, retention.keep_best):
+            run.recorder.event("delete", step, checkpoint=str(dropped))
+
+
+def announce(run: Run) -> None:
+    """Say what is about to happen: the batch arithmetic, and what is held in which precision."""
+    numerics = run.numerics
+    lines = batch_arithmetic(run.config, run.inputs)
+    lines += [f"{what:<24} {dtype}" for what, dtype in dtype_table(run.engine).items()]
+    kernels = "liger" if numerics.liger else "torch"
+    lines += [f"device {numerics.device.type}, attention {numerics.attention}, kernels {kernels}"]
+    for line in lines:
+        run.recorder.say(line)
+
+
+def is_finished(out: Path, inputs: RunInputs) -> bool:
+    """Whether the run's last checkpoint is there."""
+    newest = checkpoint.newest_complete(out / "checkpoints")
+    return newest is not None and checkpoint.read_meta(newest)["step"] >= inputs.total_steps
+
+
+def finish(config: RunConfig, inputs: RunInputs, out: Path, *, already: bool) -> None:
+    """Export a finished run, once, and say where it is."""
+    if already:
+        print(f"{out}: this run is finished ({inputs.total_steps} steps); nothing to train")
+    elif not is_finished(out, inputs):
+        print(f"{out}: stopped after step {inputs.last_step} of {inputs.total_steps} as asked; run again to go on")
+        return
+    export = out / "export"
+    if not export.exists():
+        newest = checkpoint.newest_complete(out / "checkpoints")
+        assert newest is not None
+        export_checkpoint(newest, Path(config.model.path), export)
+    print(f"model: {export} (loaded back with transformers, every tensor equal to the checkpoint)")
+
+
+def document_ids(run: Run, rows: order.Rows) -> list[int]:
+    """Input rows of every document of a step: what to look at when its gradient is not finite."""
+    return [int(doc) for row in rows if row != order.FILLER for doc in run.inputs.train.pack(int(row)).doc_ids]
+
+
+def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
+    """FLOPs of one token on this data: attention is charged for the real document lengths."""
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))]).astype(float)
+    return flops_per_token(inputs.model_config, num_parameters, float((sample**2).sum() / sample.sum()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
