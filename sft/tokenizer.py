@@ -84,7 +84,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         vocab_size=max(hf.get_vocab().values()) + 1,
         bos=bos,
         eos_id=hf.eos_token_id,
-        special_ids=frozenset(hf.all_special_ids),
+        special_ids=frozenset(hf.all_special_ids)
+        | {token_id for token_id, token in hf.added_tokens_decoder.items() if token.special},
         hf=hf,
         sentencepiece=_load_sentencepiece(path / "tokenizer.model") if bare else None,
     )

@@ -1,0 +1,330 @@
+"""Packed shards on disk: Arrow stream files that `datasets.load_from_disk` also reads, and a manifest written last.
+
+One row is one pack: documents laid end to end, no padding. Columns: input_ids, labels (not shifted, -100 where not
+supervised), seq_lens, num_labels (targets after the shift; the first token of a document is never one), doc_ids
+(input row over all sources, from 0), source_ids. Reading needs neither torch nor `datasets`, and copies nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from data_prep.pack import Packs
+from sft.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+IGNORE = -100
+TOKENS_PER_SHARD = 1 << 24
+"""128 MiB of ids and labels: small enough to copy one at a time, large enough that few files are open."""
+
+LISTS = {"input_ids": "int32", "labels": "int32", "seq_lens": "int32", "doc_ids": "int64", "source_ids": "int16"}
+COLUMNS = ("input_ids", "labels", "seq_lens", "num_labels", "doc_ids", "source_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Encoded documents in flat arrays; document d has `ids[starts[d]:starts[d] + lengths[d]]`."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    num_prefix: NDArray[np.int32]
+    """Leading tokens of each document that are not supervised."""
+    doc_ids: NDArray[np.int64]
+    source_ids: NDArray[np.int16]
+
+    def take(self, index: NDArray[np.int64]) -> "Documents":
+        """The documents at `index`, which may repeat; the tokens are shared."""
+        return Documents(
+            ids=self.ids,
+            starts=self.starts[index],
+            lengths=self.lengths[index],
+            num_prefix=self.num_prefix[index],
+            doc_ids=self.doc_ids[index],
+            source_ids=self.source_ids[index],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """One training row. The arrays are read-only views of the mapped file."""
+
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    num_labels: int
+    doc_ids: NDArray[np.int64]
+    source_ids: NDArray[np.int16]
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """An opened shard folder. `num_labels` and `num_tokens` are int32 [packs]."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    num_labels: NDArray[np.int32]
+    num_tokens: NDArray[np.int32]
+    _batches: tuple["_Batch", ...]
+    _first_pack: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.num_labels)
+
+    def pack(self, index: int) -> Pack:
+        """Pack `index`, without a copy.
+
+        Raises:
+            IndexError: there is no such pack.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        batch = int(np.searchsorted(self._first_pack, index, side="right")) - 1
+        return self._batches[batch].pack(index - int(self._first_pack[batch]))
+
+
+# Writing
+
+
+def write_shards(
+    folder: Path, documents: Documents, packs: Packs, manifest: dict[str, Any], tokens_per_shard: int = TOKENS_PER_SHARD
+) -> dict[str, Any]:
+    """Write packs of `documents` into the new `folder` and return the manifest, completed with shards and totals.
+
+    The bytes depend on the arguments alone. `manifest` brings content_key, seq_len and whatever else describes the
+    build; a reader refuses the folder until the manifest, which is written last, is there.
+    """
+    folder.mkdir()
+    num_tokens = np.add.reduceat(documents.lengths[packs.order].astype(np.int64), packs.offsets[:-1])
+    ranges = list(_shard_ranges(num_tokens, tokens_per_shard))
+    names = [f"data-{index:05d}-of-{len(ranges):05d}.arrow" for index in range(len(ranges))]
+    entries, labels = [], 0
+    for name, (first, end) in zip(names, ranges, strict=True):
+        batch = _record_batch(documents, packs, first, end)
+        labels += int(batch.column("num_labels").to_numpy().sum(dtype=np.int64))
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        size = (folder / name).stat().st_size
+        entries.append({"file": name, "packs": end - first, "bytes": size, "sha256": _sha256(folder / name)})
+    _write_dataset_files(folder, names, manifest["content_key"])
+    tokens = int(num_tokens.sum())
+    complete = {
+        "schema_version": SCHEMA_VERSION,
+        **manifest,
+        "totals": {"packs": len(packs), "documents": len(packs.order), "tokens": tokens, "labels": labels},
+        "fill": tokens / (len(packs) * manifest["seq_len"]),
+        "shards": entries,
+    }
+    write_json(folder / MANIFEST, complete)
+    return complete
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON; the file appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _shard_ranges(num_tokens: NDArray[np.int64], tokens_per_shard: int) -> Iterator[tuple[int, int]]:
+    ends = np.cumsum(num_tokens)
+    first = 0
+    while first < len(ends):
+        before = int(ends[first - 1]) if first else 0
+        end = max(first + 1, int(np.searchsorted(ends, before + tokens_per_shard, side="right")))
+        yield first, end
+        first = end
+
+
+def _record_batch(documents: Documents, packs: Packs, first: int, end: int) -> pa.RecordBatch:
+    chosen = documents.take(packs.order[packs.offsets[first] : packs.offsets[end]])
+    doc_offsets = packs.offsets[first : end + 1] - packs.offsets[first]
+    lengths = chosen.lengths.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths  # of each document within this shard
+    position = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)  # of each token within its document
+    ids = documents.ids[np.repeat(chosen.starts, lengths) + position]
+    labels = np.where(position < np.repeat(chosen.num_prefix, lengths), np.int32(IGNORE), ids)
+    targets = chosen.lengths - np.maximum(chosen.num_prefix, 1)
+    token_offsets = np.append(starts, len(ids))[doc_offsets]
+    values = {
+        "input_ids": _list_array(token_offsets, ids),
+        "labels": _list_array(token_offsets, labels),
+        "seq_lens": _list_array(doc_offsets, chosen.lengths),
+        "num_labels": pa.array(np.add.reduceat(targets, doc_offsets[:-1]), type=pa.int32()),
+        "doc_ids": _list_array(doc_offsets, chosen.doc_ids),
+        "source_ids": _list_array(doc_offsets, chosen.source_ids),
+    }
+    return pa.RecordBatch.from_arrays([values[name] for name in COLUMNS], schema=_schema())
+
+
+def _list_array(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _features() -> dict[str, Any]:
+    def value(dtype: str) -> dict[str, str]:
+        return {"dtype": dtype, "_type": "Value"}
+
+    return {
+        name: {"feature": value(LISTS[name]), "_type": "List"} if name in LISTS else value("int32") for name in COLUMNS
+    }
+
+
+def _schema() -> pa.Schema:
+    arrow = {"int16": pa.int16(), "int32": pa.int32(), "int64": pa.int64()}
+    fields = [(name, pa.list_(arrow[LISTS[name]]) if name in LISTS else pa.int32()) for name in COLUMNS]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": _features()}})})
+
+
+def _write_dataset_files(folder: Path, names: list[str], content_key: str) -> None:
+    """The two files by which `datasets.load_from_disk` knows a saved data set."""
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": content_key[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    write_json(folder / "dataset_info.json", {"citation": "", "description": "", "features": _features()})
+    write_json(folder / "state.json", state)
+
+
+# Reading
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Buffers of one Arrow record batch as arrays; `tokens` and `docs` are list offsets [packs + 1]."""
+
+    tokens: NDArray[np.int32]
+    docs: NDArray[np.int32]
+    input_ids: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    seq_lens: NDArray[np.int32]
+    num_labels: NDArray[np.int32]
+    doc_ids: NDArray[np.int64]
+    source_ids: NDArray[np.int16]
+
+    def pack(self, index: int) -> Pack:
+        tokens = slice(int(self.tokens[index]), int(self.tokens[index + 1]))
+        docs = slice(int(self.docs[index]), int(self.docs[index + 1]))
+        return Pack(
+            input_ids=self.input_ids[tokens],
+            labels=self.labels[tokens],
+            seq_lens=self.seq_lens[docs],
+            num_labels=int(self.num_labels[index]),
+            doc_ids=self.doc_ids[docs],
+            source_ids=self.source_ids[docs],
+        )
+
+
+def open_shards(folder: str | Path) -> Shards:
+    """Map a shard folder into memory; checks what is cheap to check (`verify_digests` reads every byte).
+
+    Raises:
+        UserError: the folder or its manifest is missing, the manifest is of another version, or a shard is missing,
+            cut short, unreadable or holds another number of packs than the manifest says.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    batches: list[_Batch] = []
+    for entry in manifest["shards"]:
+        shard = _open_shard(path / entry["file"], entry)
+        if (found := sum(len(batch.num_labels) for batch in shard)) != entry["packs"]:
+            raise UserError(
+                f"shard {path / entry['file']}: {found} packs, the manifest says {entry['packs']}; prepare again"
+            )
+        batches += shard
+    sizes = np.array([len(batch.num_labels) for batch in batches], dtype=np.int64)
+    if int(sizes.sum()) != manifest["totals"]["packs"] or not batches:
+        raise UserError(
+            f"shards {path}: {int(sizes.sum())} packs, the manifest says {manifest['totals']['packs']}; prepare again"
+        )
+    return Shards(
+        folder=path,
+        manifest=manifest,
+        num_labels=np.concatenate([batch.num_labels for batch in batches]),
+        num_tokens=np.concatenate([np.diff(batch.tokens) for batch in batches]),
+        _batches=tuple(batches),
+        _first_pack=np.cumsum(sizes) - sizes,
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete shard folder.
+
+    Raises:
+        UserError: there is no folder or no manifest, or it is not one that this version reads.
+    """
+    if not folder.is_dir():
+        raise UserError(f"shards {folder}: no such folder; give the train/ or heldout/ folder that sft prep wrote")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        below = " (did you mean its train/ folder?)" if (folder / "train" / MANIFEST).is_file() else ""
+        raise UserError(f"shards {folder}: no {MANIFEST}, so no complete shard set{below}; run sft prep") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"shards {folder}: {MANIFEST} cannot be read: {error}; prepare again") from None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"shards {folder}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; prepare again"
+        )
+    return dict(manifest)
+
+
+def verify_digests(shards: Shards) -> None:
+    """Read every byte of every shard and compare its sha256 with the manifest.
+
+    Raises:
+        UserError: a shard is not the one that was written.
+    """
+    for entry in shards.manifest["shards"]:
+        if _sha256(shards.folder / entry["file"]) != entry["sha256"]:
+            raise UserError(f"shard {shards.folder / entry['file']}: its sha256 is not the manifest's; prepare again")
+
+
+def _open_shard(path: Path, entry: dict[str, Any]) -> list[_Batch]:
+    if not path.is_file():
+        raise UserError(f"shard {path}: missing, the manifest lists it; copy the folder again or prepare again")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise UserError(
+            f"shard {path}: {size} bytes, the manifest says {entry['bytes']}; copy it again or prepare again"
+        )
+    try:
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            if not reader.schema.equals(_schema()):
+                raise UserError(
+                    f"shard {path}: columns {reader.schema.names} are not those of packed shards; prepare again"
+                )
+            return [_batch_arrays(batch) for batch in reader]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"shard {path}: not a readable Arrow file: {str(error)[:200]}; prepare again") from None
+
+
+def _batch_arrays(batch: pa.RecordBatch) -> _Batch:
+    lists = {name: batch.column(name) for name in LISTS}
+    return _Batch(
+        tokens=lists["input_ids"].offsets.to_numpy(),
+        docs=lists["seq_lens"].offsets.to_numpy(),
+        num_labels=batch.column("num_labels").to_numpy(),
+        **{name: column.values.to_numpy() for name, column in lists.items()},
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
