@@ -20,6 +20,23 @@ Config = TypeVar("Config", bound=BaseModel)
 SECRET_ENV = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's booleans (`off` and `no` stay text), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.YAMLError(f"key '{twice[0]}' is given twice in the section that starts{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
@@ -40,7 +57,7 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str
         print(json.dumps(model.model_json_schema(), indent=2))
         raise SystemExit(0)
     known = [name for name, _ in walk_options(model)]
-    problems = [_unknown_flag(flag, known) for flag in unknown]
+    problems = _unknown_arguments(unknown, known)
     values = _read_yaml(flags.config) if flags.config else {}
     given = {name: text for name, text in vars(flags).items() if name in known and text is not None}
     for name, text in given.items():
@@ -122,17 +139,18 @@ def _metavar(annotation: Any) -> str:
 def _parse_value(text: str, field: FieldInfo) -> Any:
     """YAML rules for numbers, lists and null; text stays text where the option is text."""
     options = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
-    if field.annotation is str or (str in options and text not in ("null", "none", "~")):
+    is_choice = get_origin(field.annotation) is Literal
+    if field.annotation is str or is_choice or (str in options and text not in ("null", "none", "~")):
         return text
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Yaml)
     except yaml.YAMLError:
         return text
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml)
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -159,12 +177,19 @@ def _set_dotted(values: dict[str, Any], name: str, value: Any) -> str | None:
     return None
 
 
-def _unknown_flag(flag: str, known: Sequence[str]) -> str:
-    if not flag.startswith("--"):
-        return f"unexpected argument '{flag}'"
-    name = flag[2:].split("=")[0]
-    near = difflib.get_close_matches(name, [*known, "config", "print-config", "print-schema"], n=1, cutoff=0)
-    return f"unknown flag --{name}; did you mean --{near[0]}?"
+def _unknown_arguments(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    problems = []
+    after_flag = False
+    for argument in arguments:
+        is_flag = argument.startswith("--")
+        if is_flag:
+            name = argument[2:].split("=")[0]
+            near = difflib.get_close_matches(name, [*known, "config", "print-config", "print-schema"], n=1, cutoff=0)
+            problems.append(f"unknown flag --{name}; did you mean --{near[0]}?")
+        elif not after_flag:
+            problems.append(f"unexpected argument '{argument}'")
+        after_flag = is_flag and "=" not in argument  # what follows is the value of the unknown flag
+    return problems
 
 
 def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mapping[str, Any]) -> list[str]:
@@ -172,7 +197,8 @@ def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mappin
         str(part) for part in item["loc"] if not str(part).startswith(("constrained-", "literal[", "function-"))
     ]
     name = ".".join(location) or "config"
-    where = f"--{name}" if name in given else f"'{name}' in {file}" if file else f"--{name}"
+    by_flag = any(f"{name}.".startswith(f"{option}.") for option in given)
+    where = f"'{name}' in {file}" if file and not by_flag else f"--{name}"
     if item["type"] == "missing":
         required = [option for option, field in walk_options(model) if field.is_required()]
         missing = [option for option in required if option == name or option.startswith(f"{name}.")]
@@ -184,6 +210,8 @@ def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mappin
         siblings = _keys_at(model, item["loc"][:-1]) or known
         near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0)
         return [f"unknown key {where}; did you mean '{near[0]}'?"]
+    if item["type"] == "model_type":
+        return [f"{where}: got {item['input']!r}, must be a section of `key: value` lines, or be left out"]
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if item["type"] == "value_error" and not location:
         return [message]

@@ -1,0 +1,181 @@
+"""The list of options is frozen: adding, renaming or dropping one is a decision that shows in review."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+from pydantic import BaseModel
+
+from sft import config
+from sft.settings import walk_options
+
+COMMANDS = {
+    "sft prep": config.PrepConfig,
+    "sft train": config.RunConfig,
+    "sft export": config.ExportConfig,
+    "sft eval": config.EvalConfig,
+    "sft drift": config.DriftConfig,
+    "sft show": config.ShowConfig,
+    "sft demo": config.DemoConfig,
+}
+OPTIONS = {
+    "sft prep": [
+        "sources*",
+        "tokenizer*",
+        "template",
+        "seq_len",
+        "overlong",
+        "heldout",
+        "dedup",
+        "decontaminate",
+        "seed",
+        "workers",
+        "engine",
+        "out*",
+    ],
+    "sft train": [
+        "model.path*",
+        "model.attention",
+        "model.activation_checkpointing",
+        "model.precision",
+        "model.kernels",
+        "data.train*",
+        "data.heldout",
+        "data.seed",
+        "batch.rows_per_step",
+        "batch.micro_batch",
+        "train.epochs",
+        "train.max_steps",
+        "train.stop_after",
+        "optim.name",
+        "optim.lr",
+        "optim.betas",
+        "optim.eps",
+        "optim.weight_decay",
+        "optim.no_decay",
+        "optim.grad_clip",
+        "schedule.name",
+        "schedule.warmup",
+        "schedule.min_lr_ratio",
+        "schedule.cycles",
+        "deepspeed",
+        "checkpoint.every",
+        "checkpoint.keep_last",
+        "checkpoint.keep_best",
+        "eval.every",
+        "track.wandb",
+        "track.project",
+        "track.tensorboard",
+        "out*",
+    ],
+    "sft export": [
+        "run*",
+        "out",
+        "dtype",
+        "max_shard_gb",
+    ],
+    "sft eval": [
+        "tasks",
+        "data*",
+        "shots.mmlu",
+        "shots.hellaswag",
+        "limit",
+        "dtype",
+        "tokens_per_batch",
+        "out*",
+        "model*",
+    ],
+    "sft drift": [
+        "tasks",
+        "data*",
+        "shots.mmlu",
+        "shots.hellaswag",
+        "limit",
+        "dtype",
+        "tokens_per_batch",
+        "out*",
+        "base*",
+        "tuned*",
+        "gate.max_drop",
+    ],
+    "sft show": [
+        "shards*",
+        "rows",
+        "start",
+        "tokenizer",
+    ],
+    "sft demo": [
+        "out",
+        "ranks",
+    ],
+}
+"""A trailing * marks an option that has no default. Change this list on purpose only, with a line in the CHANGELOG."""
+
+
+def options_of(model: type[BaseModel]) -> list[str]:
+    return [name + "*" * field.is_required() for name, field in walk_options(model)]
+
+
+def nested_models(annotation: object) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from nested_models(part)
+
+
+def every_model() -> set[type[BaseModel]]:
+    found: set[type[BaseModel]] = set()
+    waiting: list[type[BaseModel]] = list(COMMANDS.values())
+    while waiting:
+        model = waiting.pop()
+        if model not in found:
+            found.add(model)
+            waiting += [inner for field in model.model_fields.values() for inner in nested_models(field.annotation)]
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_are_frozen(command):
+    assert options_of(COMMANDS[command]) == OPTIONS[command]
+
+
+def test_source_keys_are_frozen():
+    assert options_of(config.Source) == ["path*", "name", "format", "weight"]
+
+
+def test_every_command_has_a_list():
+    """A config class that is added to sft.config without being frozen here would slip through the test above."""
+    defined = {
+        item
+        for _, item in inspect.getmembers(config, inspect.isclass)
+        if issubclass(item, config.Section) and item.__module__ == config.__name__
+    }
+    bases = {base for model in every_model() for base in model.__mro__}
+    assert defined - bases == set()
+
+
+def test_every_option_is_documented_once():
+    """The docstring under a field is its only description: it becomes --help and the JSON schema."""
+    silent = [
+        f"{model.__name__}.{name}"
+        for model in every_model()
+        for name, field in model.model_fields.items()
+        if not list(nested_models(field.annotation)) and not field.description
+    ]
+    assert silent == []
+    assert "description=" not in inspect.getsource(config)
+
+
+def test_every_config_is_frozen_and_refuses_unknown_keys():
+    for model in every_model():
+        assert model.model_config["frozen"], model
+        assert model.model_config["extra"] == "forbid", model
+
+
+def test_config_imports_nothing_heavy():
+    tree = ast.parse(inspect.getsource(config))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules <= {"typing", "pydantic"}
