@@ -53,6 +53,7 @@ def train(argv: Sequence[str]) -> None:
         cores = len(os.sched_getaffinity(0))
         environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", _free_port()]
+    launcher += ["--log_level", "error"]
     code = subprocess.run([*launcher, "--module", "sft.train", *options], env=environment, check=False).returncode
     if code:
         raise SystemExit(code)

@@ -26,6 +26,10 @@ def _as_sources(value: Any) -> Any:
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
+def _yaml_off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -163,7 +167,7 @@ class EvalSection(Section):
 
 
 class TrackSection(Section):
-    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_yaml_off)] = "offline"
     """offline writes to <out>/wandb for a later `wandb sync`; online needs a network and WANDB_API_KEY."""
     project: str = "sft"
     """wandb project name."""

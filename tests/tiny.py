@@ -1,0 +1,133 @@
+"""Small stand-ins that tests share: a tokenizer, a model, shards, strategy files, and real ranks on CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED = REPO.parent / "shared"
+
+# tiny models stay gathered under the default thresholds, which hides collective mismatches
+RELEASE_AT_ONCE = {
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer of 3 special tokens and 256 bytes: ids are byte + 3, so literals can be checked by eye."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<unk>", "<s>", "</s>"]
+    vocab = {token: index for index, token in enumerate([*specials, *_byte_tokens()])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _byte_tokens() -> list[str]:
+    """The printable stand-ins of ByteLevel, in byte order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = iter(range(256, 512))
+    table = {byte: chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)}
+    assert set(table.values()) == set(pre_tokenizers.ByteLevel.alphabet()), "tokenizers changed its byte alphabet"
+    assert Tokenizer(models.BPE()) is not None
+    return [table[byte] for byte in range(256)]
+
+
+def make_model(folder: Path, seed: int = 0, **overrides: object) -> Path:
+    """A random Llama of about 40k parameters with the byte tokenizer, in fp32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # large enough that attention matters and a leak between documents shows
+        **overrides,
+    }
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+    return make_tokenizer(folder)
+
+
+def make_alpaca(path: Path, rows: int = 60, seed: int = 0) -> Path:
+    """Alpaca rows with outputs of very unequal length."""
+    random = np.random.RandomState(seed)
+    words = ["red", "green", "blue", "one", "two", "three"]
+    data = [
+        {
+            "instruction": f"Say item {index}",
+            "input": "twice" if index % 3 == 0 else "",
+            "output": " ".join(random.choice(words, size=1 + index % 7 * 3)),
+        }
+        for index in range(rows)
+    ]
+    path.write_text(json.dumps(data))
+    return path
+
+
+def make_strategy(path: Path, stage: int = 3, **zero: object) -> Path:
+    """A strategy file that releases parameters at once, so that every rank must re-gather them."""
+    settings = {"stage": stage, "overlap_comm": False, "memory_efficient_linear": False, "reduce_bucket_size": 1000, **zero}
+    if stage == 3:
+        settings |= RELEASE_AT_ONCE
+    strategy = {"zero_optimization": settings, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    path.write_text(json.dumps(strategy))
+    return path
+
+
+def rank_environment() -> dict[str, str]:
+    """Environment of test processes: CPU, one thread, offline."""
+    return {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DEEPSPEED_LOG_LEVEL": "error",
+        "PYTHONPATH": str(REPO),
+    }
+
+
+def run(command: list[str], timeout_s: int = 240, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and return its output; a hang is an error."""
+    return subprocess.run(
+        command, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s, check=False, **options
+    )
+
+
+def run_module(ranks: int, module: str, *arguments: str, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+    """Start `ranks` real processes over gloo through DeepSpeed's own launcher."""
+    from sft.cli import _free_port
+
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", _free_port()]
+    launcher += ["--log_level", "error"]
+    return run([*launcher, "--module", module, *arguments], timeout_s)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
