@@ -1,0 +1,97 @@
+"""Rows of .jsonl, .parquet and .csv files as dictionaries, with errors that name file and row."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from sft.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".csv")
+CSV_COLUMNS = ("question", "A", "B", "C", "D", "answer")
+CSV_FIELD_LIMIT = 10_000_000
+"""Characters; csv's own default of 131,072 would refuse long passages."""
+
+
+def read_rows(file: Path, head: int | None = None) -> list[dict[str, Any]]:
+    """All rows of a file, or the first `head` ones. A CSV row becomes question, choices, answer.
+
+    Raises:
+        UserError: the file is unreadable or a row is malformed.
+    """
+    try:
+        if file.suffix == ".parquet":
+            return _read_parquet(file, head)
+        return _read_jsonl(file, head) if file.suffix == ".jsonl" else _read_csv(file, head)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def peek_fields(file: Path) -> set[str]:
+    """Names of the first row's fields; empty for an empty file and for a CSV of some other shape.
+
+    Raises:
+        UserError: the file is torn; passing over it would silently shorten the benchmark.
+    """
+    if file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8", errors="replace") as stream:
+            first = next(csv.reader(stream), [])
+        return {"question", "choices", "answer"} if len(first) == len(CSV_COLUMNS) else set()
+    return {field for row in read_rows(file, head=1) for field in row}
+
+
+def _read_parquet(file: Path, head: int | None) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        batch = next(table.iter_batches(batch_size=head), None) if head else table.read()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{file}: not a whole parquet file: {' '.join(str(error).split())}") from None
+    rows: list[dict[str, Any]] = batch.to_pylist() if batch is not None else []
+    return rows
+
+
+def _read_jsonl(file: Path, head: int | None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with file.open("rb") as stream:  # bytes end lines at \n only; str.splitlines would also cut at U+2028
+        for number, line in enumerate(stream, start=1):
+            if head is not None and len(rows) == head:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file} line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file} line {number}: got {type(row).__name__}, need one JSON object per line")
+            rows.append(row)
+    return rows
+
+
+def _read_csv(file: Path, head: int | None) -> list[dict[str, Any]]:
+    """Six columns, with or without a header. csv and not pandas: pandas reads the choice "None" as a missing value."""
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    rows: list[dict[str, Any]] = []
+    with file.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            for cells in reader:
+                if head is not None and len(rows) == head:
+                    break
+                is_header = reader.line_num == 1 and cells and cells[0].lower() == "question" and cells[-1] == "answer"
+                if not cells or is_header:
+                    continue
+                if len(cells) != len(CSV_COLUMNS):
+                    raise UserError(
+                        f"{file} row {len(rows)} (ends at line {reader.line_num}): {len(cells)} columns, "
+                        f"need {len(CSV_COLUMNS)}: {', '.join(CSV_COLUMNS)}"
+                    )
+                rows.append({"question": cells[0], "choices": cells[1:5], "answer": cells[5]})
+        except csv.Error as error:
+            raise UserError(f"{file} line {reader.line_num}: not valid CSV: {error}") from None
+    return rows
