@@ -1,0 +1,49 @@
+"""One tiny model and one prepared data set per session; no test may reach the network."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets may only connect to this host."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to connect to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny Llama with its tokenizer."""
+    return tiny.make_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, base_model: Path) -> Path:
+    """Prepared Alpaca rows: train/ and heldout/ with packs of at most 512 tokens and very unequal label counts."""
+    from data_prep.build import main
+
+    folder = tmp_path_factory.mktemp("data")
+    rows = tiny.make_alpaca(folder / "alpaca.json")
+    main(["--sources", str(rows), "--tokenizer", str(base_model), "--seq_len", "512", "--heldout", "6",
+          "--workers", "1", "--out", str(folder / "out")])  # fmt: skip
+    return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def strategy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ZeRO-3 strategy file that releases parameters at once."""
+    return tiny.make_strategy(tmp_path_factory.mktemp("ds") / "zero3.json")
