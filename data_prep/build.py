@@ -318,9 +318,10 @@ def _nothing_left(fates: Sequence[SourceFate]) -> UserError:
 def _tell_disagreement(reference: dict[str, Any] | None) -> None:
     if reference is None or reference["equal"] == reference["texts"]:
         return
+    different = reference["texts"] - reference["equal"]
     print(
-        f"WARNING: transformers and sentencepiece give different ids on {reference['texts'] - reference['equal']} of the "
-        f"first {reference['texts']} rows; the shards hold those of {reference['used']}. Other tools that read this "
+        f"WARNING: transformers and sentencepiece give different ids on {different} of the first "
+        f"{reference['texts']} rows; the shards hold those of {reference['used']}. Other tools that read this "
         "tokenizer folder may not give the model these ids.",
         file=sys.stderr,
     )

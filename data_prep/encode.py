@@ -68,15 +68,16 @@ def span_is_proved(tokenizer: Tokenizer, example: Example, document: Document) -
 
     Decoded in context, `prompt ids + response ids` must read `decoded prompt + response`: decoding the response
     alone would lose a leading space with SentencePiece and Metaspace tokenizers. The prompt ids must be those of
-    the prompt alone. BOS stands once, in front, where the tokenizer starts texts with one. For a truncated
-    document the decoded response must be a non-empty beginning of the response.
+    the prompt alone. No other special token stands anywhere, and BOS in front where the tokenizer starts texts
+    with one. For a truncated document the decoded response must be a non-empty beginning of the response.
     """
     num_bos = len(tokenizer.bos)
     prompt_ids = document.ids[num_bos : document.num_prefix]
     response_ids = document.ids[document.num_prefix : -1]
     if tuple(document.ids[:num_bos]) != tokenizer.bos or document.ids[-1] != tokenizer.eos_id:
         return False
-    if not response_ids or not set(tokenizer.bos).isdisjoint(prompt_ids + response_ids):
+    # sentencepiece decodes control tokens to nothing, so the text alone would not show one that slipped in.
+    if not response_ids or not tokenizer.special_ids.isdisjoint(prompt_ids + response_ids):
         return False
     if prompt_ids != tokenizer.encode(example.prompt):
         return False

@@ -62,7 +62,7 @@ class _FreeSpace:
         self._rooms = 0
 
     def take(self, length: int, num_docs: int) -> tuple[int, NDArray[np.int64]]:
-        """(room, bins): the fullest bins that hold `length`, as many as `num_docs` documents need at most, or new bins."""
+        """(room, bins): the fullest bins that hold `length`, no more than `num_docs` documents need, or new ones."""
         fitting = self._rooms >> length
         if not fitting:
             needed = -(-num_docs // (self.seq_len // length))

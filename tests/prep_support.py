@@ -1,0 +1,151 @@
+"""What the tests of data_prep share: tiny tokenizers made on the spot, rows, and a way to run the job."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep import build
+from data_prep.shards import Shards, open_shards
+from sft.errors import run_command
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+BOS, EOS, FIRST_BYTE = 1, 2, 3
+
+
+def byte_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
+    """Ids are byte + 3 (after <unk>, <s>, </s>), so that expected ids can be written by hand; merges come after."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<unk>", "<s>", "</s>"]
+    alphabet = _byte_alphabet()
+    vocab = {token: index for index, token in enumerate([*specials, *alphabet, *("".join(pair) for pair in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def sentencepiece_tokenizer(folder: Path) -> Path:
+    """A SentencePiece BPE model like Llama-2's: dummy prefix, byte fallback, no normalisation."""
+    import sentencepiece
+
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.txt"
+    words = [
+        "below",
+        "is",
+        "an",
+        "instruction",
+        "that",
+        "describes",
+        "a",
+        "task",
+        "write",
+        "response",
+        "the",
+        "request",
+    ]
+    corpus.write_text("\n".join(f"{a} {b} {b}{a}" for a in words for b in words))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def byte_ids(text: str) -> list[int]:
+    return [byte + FIRST_BYTE for byte in text.encode()]
+
+
+def alpaca_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct rows of very unequal length, with and without input."""
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "instruction": f"Task {number}",
+            "input": "context " * int(random.integers(0, 3)),
+            "output": f"answer {number} " + "é🙂x"[number % 3] * int(random.integers(1, 200)),
+        }
+        for number in range(count)
+    ]
+
+
+def write_json(path: Path, rows: Any) -> Path:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def flags(**options: Any) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def prepare(out: Path, **options: Any) -> Shards:
+    """Run the job in this process and open its training split."""
+    build.main(flags(**{"seq_len": 1024, "workers": 1, **options, "out": out}))
+    return open_shards(out / "train")
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Any, argv: Sequence[str]) -> str:
+    """Run a command that must end with exit code 2 and one line; returns the line."""
+    capsys.readouterr()
+    assert run_command(main, argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def documents(shards: Shards) -> list[tuple[int, list[int], list[int]]]:
+    """(doc id, ids, labels) of every document in every pack, cut apart by seq_lens."""
+    found = []
+    for index in range(len(shards)):
+        pack = shards.pack(index)
+        starts = np.cumsum(pack.seq_lens) - pack.seq_lens
+        for doc_id, start, length in zip(pack.doc_ids.tolist(), starts.tolist(), pack.seq_lens.tolist(), strict=True):
+            cut = slice(start, start + length)
+            found.append((doc_id, pack.input_ids[cut].tolist(), pack.labels[cut].tolist()))
+    return found
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _byte_alphabet() -> list[str]:
+    """ByteLevel's printable stand-in of each byte, in byte order (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]

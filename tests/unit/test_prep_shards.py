@@ -1,0 +1,188 @@
+"""Shards on disk: what was written comes back, counts recomputed from the arrays, and torn sets are refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.pack import pack
+from data_prep.shards import Documents, Shards, open_shards, verify_digests, write_shards
+from sft.errors import UserError
+
+SEQ_LEN = 40
+KEY = "0123456789abcdef" * 4
+
+
+def make_documents(count: int = 60, seed: int = 0) -> Documents:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, SEQ_LEN + 1, size=count).astype(np.int32)
+    return Documents(
+        ids=random.integers(3, 30_000, size=int(lengths.sum())).astype(np.int32),
+        starts=np.cumsum(lengths, dtype=np.int64) - lengths,
+        lengths=lengths,
+        num_prefix=random.integers(0, lengths).astype(np.int32),
+        doc_ids=np.arange(count, dtype=np.int64) + 2**40,
+        source_ids=random.integers(0, 3, size=count).astype(np.int16),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    documents = make_documents()
+    manifest = {"content_key": KEY, "seq_len": SEQ_LEN}
+    write_shards(tmp_path / "train", documents, pack(documents.lengths, SEQ_LEN), manifest, tokens_per_shard=300)
+    return tmp_path / "train"
+
+
+def recount(input_ids: np.ndarray, labels: np.ndarray, seq_lens: np.ndarray) -> int:
+    """Targets after the shift, one document at a time."""
+    total, start = 0, 0
+    for length in seq_lens.tolist():
+        total += sum(label != -100 for label in labels[start : start + length].tolist()[1:])
+        start += length
+    assert start == len(input_ids) == len(labels)
+    return total
+
+
+def test_every_document_comes_back(folder: Path) -> None:
+    documents, shards = make_documents(), open_shards(folder)
+    assert len(shards.manifest["shards"]) > 2
+    seen = []
+    for index in range(len(shards)):
+        row = shards.pack(index)
+        dtypes = (row.input_ids.dtype, row.labels.dtype, row.seq_lens.dtype, row.doc_ids.dtype, row.source_ids.dtype)
+        assert dtypes == (np.int32, np.int32, np.int32, np.int64, np.int16)
+        assert row.num_labels == shards.num_labels[index] == recount(row.input_ids, row.labels, row.seq_lens)
+        assert len(row.input_ids) == shards.num_tokens[index] <= SEQ_LEN
+        starts = np.cumsum(row.seq_lens) - row.seq_lens
+        for start, length, doc_id, source_id in zip(starts, row.seq_lens, row.doc_ids, row.source_ids, strict=True):
+            number = int(doc_id) - 2**40
+            seen.append(number)
+            first, prefix = documents.starts[number], documents.num_prefix[number]
+            ids = documents.ids[first : first + documents.lengths[number]]
+            assert length == len(ids)
+            assert source_id == documents.source_ids[number]
+            assert (row.input_ids[start : start + length] == ids).all()
+            assert (row.labels[start : start + length][:prefix] == -100).all()
+            assert (row.labels[start : start + length][prefix:] == ids[prefix:]).all()
+    assert sorted(seen) == list(range(60))
+    totals = shards.manifest["totals"]
+    assert totals["documents"] == 60
+    assert totals["packs"] == len(shards)
+    assert totals["tokens"] == len(documents.ids) == int(shards.num_tokens.sum())
+    assert totals["labels"] == int(shards.num_labels.sum())
+    assert shards.manifest["fill"] == pytest.approx(totals["tokens"] / (len(shards) * SEQ_LEN))
+
+
+def test_the_count_differs_where_first_tokens_are_supervised(folder: Path) -> None:
+    """Control: counting every label, first tokens of documents included, gives another number."""
+    shards = open_shards(folder)
+    assert int(shards.num_labels.sum()) < sum(int((shards.pack(i).labels != -100).sum()) for i in range(len(shards)))
+
+
+def test_reading_a_pack_copies_nothing(folder: Path) -> None:
+    row = open_shards(folder).pack(0)
+    for array in (row.input_ids, row.labels, row.seq_lens, row.doc_ids, row.source_ids):
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
+@pytest.mark.parametrize("index", [-1, 10_000])
+def test_no_such_pack(folder: Path, index: int) -> None:
+    with pytest.raises(IndexError):
+        open_shards(folder).pack(index)
+
+
+def test_datasets_reads_the_same_rows(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    loaded, shards = datasets.load_from_disk(str(folder)), open_shards(folder)
+    lists = {"input_ids": "int32", "labels": "int32", "seq_lens": "int32", "doc_ids": "int64", "source_ids": "int16"}
+    expected = {name: datasets.List(datasets.Value(dtype)) for name, dtype in lists.items()}
+    assert loaded.features == {**expected, "num_labels": datasets.Value("int32")}
+    assert list(loaded.features) == ["input_ids", "labels", "seq_lens", "num_labels", "doc_ids", "source_ids"]
+    assert len(loaded) == len(shards)
+    for index in (0, len(shards) // 2, len(shards) - 1):
+        row = shards.pack(index)
+        assert loaded[index]["input_ids"] == row.input_ids.tolist()
+        assert loaded[index]["doc_ids"] == row.doc_ids.tolist()
+        assert loaded[index]["num_labels"] == row.num_labels
+
+
+def test_reading_imports_neither_torch_nor_datasets(folder: Path) -> None:
+    code = (
+        "import sys; from data_prep.shards import open_shards; open_shards(sys.argv[1]).pack(0); "
+        "sys.exit(bool({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.arrow"))[0]
+
+
+def edit_manifest(folder: Path, **values: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def swap_shards(folder: Path) -> None:
+    one, two = sorted(folder.glob("*.arrow"))[:2]
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+def claim_one_pack_less(folder: Path) -> None:
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    edit_manifest(folder, shards=[{**shards[0], "packs": shards[0]["packs"] - 1}, *shards[1:]])
+
+
+def forget_last_shard(folder: Path) -> None:
+    edit_manifest(folder, shards=json.loads((folder / "manifest.json").read_text())["shards"][:-1])
+
+
+TEARS = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+    "manifest cut": (lambda f: (f / "manifest.json").write_text('{"schema'), "cannot be read"),
+    "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "schema_version"),
+    "another schema": (lambda f: edit_manifest(f, schema_version=99), "schema_version 99"),
+    "shard lost": (lambda f: first_shard(f).unlink(), "missing"),
+    "shard cut": (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-100]), "bytes"),
+    "shard empty": (lambda f: first_shard(f).write_bytes(b""), "0 bytes"),
+    "shard zeroed": (lambda f: first_shard(f).write_bytes(bytes(first_shard(f).stat().st_size)), "shard"),
+    "shards swapped": (swap_shards, "manifest says"),
+    "pack count": (claim_one_pack_less, "packs"),
+    "shard not listed": (forget_last_shard, "packs"),
+}
+
+
+@pytest.mark.parametrize("name", TEARS)
+def test_a_torn_set_is_refused(folder: Path, name: str) -> None:
+    open_shards(folder)
+    tear, words = TEARS[name]
+    tear(folder)
+    with pytest.raises(UserError) as caught:
+        open_shards(folder)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_and_the_folder_above_are_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_shards(folder / "none")
+    with pytest.raises(UserError, match="did you mean its train/"):
+        open_shards(folder.parent)
+
+
+def test_one_changed_byte_is_found_by_its_digest(folder: Path) -> None:
+    verify_digests(open_shards(folder))
+    path = first_shard(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    shards: Shards = open_shards(folder)
+    with pytest.raises(UserError, match="sha256"):
+        verify_digests(shards)
