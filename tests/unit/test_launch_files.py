@@ -1,0 +1,425 @@
+"""Launch scripts, recipes and DeepSpeed files: they parse, they name what exists, and signals reach the ranks."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sft.config import PrepConfig, RunConfig
+from sft.settings import load
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+RUN_RECIPES = [path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if "prep" not in path.name]
+PREP_RECIPES = sorted((ROOT / "launch" / "recipes").glob("prep_*.yaml"))
+STRATEGIES = sorted((ROOT / "ds_configs").glob("*.json"))
+OWNED_BY_RUN_CONFIG = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "wandb",
+    "tensorboard",
+    "csv_monitor",
+    "steps_per_print",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+STAND_IN_TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+
+name = f"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}"
+Path(name + ".args").write_text("\\n".join(sys.argv[1:]))
+
+
+def stop(*_):
+    Path(name + ".stopped").touch()
+    sys.exit(0)
+
+
+signal.signal(signal.SIGTERM, stop)
+Path(name + ".pid").write_text(str(os.getpid()))
+time.sleep(60 if "--wait" in sys.argv else 0)
+sys.exit(2 if "--fail" in sys.argv else 0)
+"""
+"""Stands in for sft.train, which `python -m` finds first in the current folder."""
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def make_command(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+# Scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=relative)
+def test_script_is_valid_shell(script):
+    assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
+    assert "set -euo pipefail" in script.read_text()
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_scripts_pass_shellcheck(tmp_path):
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    run = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout
+    careless = tmp_path / "careless.sh"
+    careless.write_text("#!/usr/bin/env bash\nrm -r $1/x\n")
+    assert subprocess.run([shellcheck, careless], capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("single_node.sh", []),
+        ("single_node.sh", ["missing.yaml"]),
+        ("single_node.sh", ["--optim.lr", "1"]),
+        ("multi_node.sh", []),
+        ("multi_node.sh", ["hosts"]),
+        ("multi_node.sh", ["hosts", "missing.yaml"]),
+        ("multi_node.sh", ["missing", "run.yaml"]),
+        ("slurm.sbatch", []),
+        ("slurm.sbatch", ["missing.yaml"]),
+    ],
+)
+def test_wrong_arguments_show_the_usage(tmp_path, script, arguments):
+    (tmp_path / "hosts").write_text("a slots=8\n")
+    (tmp_path / "run.yaml").write_text("out: o\n")
+    run = subprocess.run(
+        ["bash", ROOT / "launch" / script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: ")
+    assert run.stderr.count("\n") == 1
+    assert run.stdout == ""
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Callable[..., list[list[str]]]:
+    """Run a launch script with a `deepspeed` that writes down its arguments; returns those of every call."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    make_command(commands, "deepspeed", f'printf "%s\\n" "$@" >"{tmp_path}/call-${{SLURM_NODEID:-0}}"')
+    make_command(commands, "scontrol", '[[ "$*" == "show hostnames node[1-2]" ]] && printf "node1\\nnode2\\n"')
+    # one task per node, as srun starts them; the hostfile is read while it exists
+    make_command(
+        commands,
+        "srun",
+        f'echo "$@" >"{tmp_path}/srun"; cp hostfile-* "{tmp_path}/hosts"\n'
+        "while [[ $1 == --* ]]; do shift; done\n"
+        'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+    )
+    (tmp_path / "run.yaml").write_text("out: o\n")
+
+    def run(script: str, *arguments: str, **variables: str) -> list[list[str]]:
+        environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **variables}
+        subprocess.run(["bash", ROOT / "launch" / script, *arguments], cwd=tmp_path, env=environment, check=True)
+        return [path.read_text().splitlines() for path in sorted(tmp_path.glob("call-*"))]
+
+    return run
+
+
+def test_single_node_command(recorded):
+    overrides = ["--optim.lr", "1e-5", "--out", "with a space"]
+    expected = ["--master_port", "29501", "--module", "sft.train", "--config", "run.yaml", *overrides]
+    assert recorded("single_node.sh", "run.yaml", *overrides, MASTER_PORT="29501") == [expected]
+
+
+def test_multi_node_command(recorded, tmp_path):
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    assert recorded("multi_node.sh", "hosts", "run.yaml", "--optim.lr", "1e-5") == [
+        ["--hostfile", "hosts", "--force_multi", "--module", "sft.train", "--config", "run.yaml", "--optim.lr", "1e-5"]
+    ]
+
+
+def test_slurm_starts_one_launcher_per_node(recorded, tmp_path):
+    calls = recorded(
+        "slurm.sbatch",
+        "run.yaml",
+        "--out",
+        "a b",
+        SLURM_JOB_ID="77",
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_GPUS_ON_NODE="8",
+    )
+    hostfile = str(tmp_path / "hostfile-77")
+    assert calls == [
+        ["--node_rank", node, "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1", "--master_port", "20077",
+         "--module", "sft.train", "--config", "run.yaml", "--out", "a b"]
+        for node in ("0", "1")
+    ]  # fmt: skip
+    assert (tmp_path / "hosts").read_text() == "node1 slots=8\nnode2 slots=8\n"
+    assert "--ntasks-per-node=1" in (tmp_path / "srun").read_text()
+    assert not Path(hostfile).exists()
+
+
+# The real launcher, with a stand-in for sft.train
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder with a stand-in sft.train and a config; `deepspeed` of this environment on the PATH, two CPU ranks."""
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "__init__.py").touch()
+    (tmp_path / "sft" / "train.py").write_text(STAND_IN_TRAINER)
+    (tmp_path / "run.yaml").write_text("out: o\n")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rank_pids(folder: Path) -> list[int]:
+    return [int(path.read_text() or 0) for path in sorted(folder.glob("rank*of2.pid"))]
+
+
+def start_and_terminate(command: list[str], folder: Path) -> list[int]:
+    """Start, wait for both ranks, send SIGTERM to the started process alone; returns the ranks' pids."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(rank_pids(folder)) == 2 and 0 not in rank_pids(folder))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=45) != 0
+    return rank_pids(folder)
+
+
+@pytest.mark.dist
+def test_ranks_get_the_arguments_and_the_exit_code_comes_back(workplace):
+    command = [ROOT / "launch" / "single_node.sh", "run.yaml", "--out", "a b"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    for rank in (0, 1):
+        arguments = (workplace / f"rank{rank}of2.args").read_text().splitlines()
+        assert arguments == [f"--local_rank={rank}", "--config", "run.yaml", "--out", "a b"]
+    failed = subprocess.run([*command, "--fail"], check=False, capture_output=True, timeout=120)
+    assert failed.returncode == 2
+
+
+@pytest.mark.dist
+def test_sigterm_reaches_the_ranks(workplace):
+    pids = start_and_terminate([str(ROOT / "launch" / "single_node.sh"), "run.yaml", "--wait"], workplace)
+    assert len(list(workplace.glob("rank*of2.stopped"))) == 2
+    assert not any(is_running(pid) for pid in pids)
+
+
+@pytest.mark.dist
+def test_sigterm_does_not_reach_the_ranks_of_a_bare_deepspeed(workplace):
+    """Why single_node.sh is more than an exec. If this fails, DeepSpeed passes signals on and the script can shrink."""
+    pids = start_and_terminate(["deepspeed", "--module", "sft.train", "--config", "run.yaml", "--wait"], workplace)
+    try:
+        time.sleep(2)
+        assert all(is_running(pid) for pid in pids)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+# Recipes
+
+
+def command_lines(path: Path) -> list[str]:
+    header = path.read_text().split("\nmodel:")[0].split("\nsources:")[0]
+    return [
+        line.lstrip("# ").strip()
+        for line in header.splitlines()
+        if re.match(r"#\s+(.*=\S+ )*(sft|launch/|sbatch )", line)
+    ]
+
+
+@pytest.mark.parametrize("recipe", RUN_RECIPES, ids=lambda path: path.stem)
+def test_run_recipe(recipe):
+    config = load(RunConfig, ["--config", str(recipe)], prog="sft train")
+    assert (ROOT / config.deepspeed).is_file()
+    assert complete(yaml.safe_load(recipe.read_text()), config.model_dump(mode="json"))
+    match = re.search(r"(\d+) ranks x micro_batch (\d+) x accumulation (\d+) = (\d+) rows", recipe.read_text())
+    assert match, "the header holds the batch arithmetic"
+    ranks, micro_batch, accumulation, rows = map(int, match.groups())
+    assert ranks * micro_batch * accumulation == rows == config.batch.rows_per_step
+    assert micro_batch == config.batch.micro_batch
+    if gpus := re.search(r"_(\d+)x80gb$", recipe.stem):
+        assert int(gpus[1]) == ranks
+        assert "NOT YET RUN ON THIS HARDWARE" in recipe.read_text()
+
+
+@pytest.mark.parametrize("recipe", PREP_RECIPES, ids=lambda path: path.stem)
+def test_prep_recipe(recipe):
+    config = load(PrepConfig, ["--config", str(recipe)], prog="sft prep")
+    assert complete(yaml.safe_load(recipe.read_text()), config.model_dump(mode="json"))
+    trained = [load(RunConfig, ["--config", str(path)], prog="sft train").data.train for path in RUN_RECIPES]
+    assert f"{config.out}/train" in trained
+
+
+def complete(written: Any, resolved: Any) -> bool:
+    """Whether a recipe writes out every option, so that it reads as the whole truth about a run."""
+    if isinstance(resolved, dict):
+        return set(written) == set(resolved) and all(complete(written[key], resolved[key]) for key in resolved)
+    if isinstance(resolved, list):
+        return len(written) == len(resolved) and all(map(complete, written, resolved))
+    return True
+
+
+@pytest.mark.parametrize("recipe", [*RUN_RECIPES, *PREP_RECIPES], ids=lambda path: path.stem)
+def test_launch_lines_in_a_recipe_name_what_exists(recipe):
+    lines = command_lines(recipe)
+    assert any(relative(recipe) in line for line in lines)
+    named = [name for line in lines for name in re.findall(r"(?:launch|ds_configs)/\S+", line)]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_kind_of_recipe_was_found():
+    """Guards the parametrized tests against an empty folder."""
+    assert {path.stem for path in RUN_RECIPES} >= {"llama3.1-8b_8x80gb", "llama2-13b_16x80gb", "demo_cpu"}
+    assert PREP_RECIPES
+    assert {path.stem for path in STRATEGIES} == {"zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all"}
+
+
+# DeepSpeed files
+
+
+def keys_of(value: Any) -> set[str]:
+    return {*value, *(key for item in value.values() for key in keys_of(item))} if isinstance(value, dict) else set()
+
+
+def explained_keys() -> set[str]:
+    """Last parts of the names in the first column of the README's tables."""
+    first_cells = re.findall(r"^\| `([^`]+)` \|", (ROOT / "ds_configs" / "README.md").read_text(), re.MULTILINE)
+    return {part for cell in first_cells for part in cell.split(".")}
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_strategy_file(path):
+    text = path.read_text()
+    strategy = json.loads(text, object_pairs_hook=refuse_duplicates)
+    assert keys_of(strategy).isdisjoint(OWNED_BY_RUN_CONFIG)
+    assert '"auto"' not in text
+    assert strategy["data_types"]["grad_accum_dtype"] == "fp32"
+    assert strategy["communication_data_type"] == "fp32"
+    assert strategy["zero_optimization"]["overlap_comm"] is False
+    headings = {"zero_optimization"}
+    assert keys_of(strategy) - headings - explained_keys() == set()
+    assert f"`{path.name}`" in (ROOT / "ds_configs" / "README.md").read_text()
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len({key for key, _ in pairs}) == len(pairs), pairs
+    return dict(pairs)
+
+
+def test_readme_explains_nothing_that_is_gone():
+    used = set().union(*(keys_of(json.loads(path.read_text())) for path in STRATEGIES))
+    assert {key for key in explained_keys() if not key.endswith("json")} - used - {"zero2", "zero3"} <= {
+        path.stem for path in STRATEGIES
+    }
+
+
+def test_readme_numbers_are_those_of_the_files():
+    """A value in the second column of the README is a value of that key in one of the files."""
+    rows = re.findall(r"^\| `([^`]+)` \| (`[^|]+`) \|", (ROOT / "ds_configs" / "README.md").read_text(), re.MULTILINE)
+    strategies = [json.loads(path.read_text()) for path in STRATEGIES]
+    checked = 0
+    for name, cell in rows:
+        values = [json.loads(value) for value in re.findall(r"`([^`]+)`", cell)]
+        found = [value for strategy in strategies for value in find(strategy, name.split("."))]
+        assert found, name
+        assert sorted(map(str, set(map(str, found)))) == sorted(map(str, values)), name
+        checked += 1
+    assert checked >= 15
+
+
+def find(value: Any, path: list[str]) -> Iterator[Any]:
+    """Values under the dotted path, wherever it begins."""
+    if not isinstance(value, dict):
+        return
+    if path[0] in value:
+        inner = value[path[0]]
+        if len(path) == 1:
+            yield inner
+        else:
+            yield from find(inner, path[1:])
+    for item in value.values():
+        yield from find(item, path)
+
+
+@pytest.fixture(scope="module")
+def parse_with_deepspeed() -> Callable[[dict[str, Any]], Any]:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    def parse(strategy: dict[str, Any]) -> Any:
+        return DeepSpeedConfig({**strategy, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
+
+    return parse
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_deepspeed_accepts_the_file(path, parse_with_deepspeed):
+    strategy = json.loads(path.read_text())
+    parsed = parse_with_deepspeed(strategy)
+    zero = parsed.zero_config
+    assert parsed.grad_accum_dtype == "fp32"
+    assert zero.overlap_comm is False
+    for key, value in strategy["zero_optimization"].items():
+        understood = getattr(zero, key.removeprefix("stage3_"))
+        if isinstance(value, dict):
+            assert {name: getattr(understood, name) for name in value} == value
+        else:
+            assert understood == value, key
+
+
+def test_deepspeed_refuses_a_misspelt_key(parse_with_deepspeed):
+    """The test above means something only if an unknown key is an error."""
+    strategy = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    strategy["zero_optimization"]["reduce_bucket_sise"] = 1
+    with pytest.raises(ValueError, match="reduce_bucket_sise"):
+        parse_with_deepspeed(strategy)
+
+
+def test_engine_owns_the_keys_that_the_files_may_not_hold():
+    from sft.engine import OWNED_KEYS
+
+    assert set(OWNED_KEYS) == OWNED_BY_RUN_CONFIG
