@@ -1,0 +1,59 @@
+"""One optimizer step is the same update for any ranks x accumulation x micro-batch. Run: pytest tests/dist/test_gradient_contract.py"""
+
+import numpy as np
+import pytest
+
+from data_prep.shards import open_shards
+from sft.order import step_rows
+from tests.dist.training import largest_difference, metrics, reference, train, weights
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = [(1, 1), (2, 1), (2, 2)]  # ranks, micro-batch; accumulation 8, 4, 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base_model, prepared, strategy):
+    folder = tmp_path_factory.mktemp("contract")
+    outs = {}
+    for ranks, micro_batch in LAYOUTS:
+        outs[ranks, micro_batch] = folder / f"{ranks}x{micro_batch}"
+        train(outs[ranks, micro_batch], base_model, prepared, strategy, ranks, batch__micro_batch=micro_batch)
+    return outs
+
+
+def test_the_data_can_tell(prepared):
+    counts = open_shards(prepared / "train").num_labels
+    assert len(counts) > 8, "more than one step per epoch, and a padded tail"
+    assert len(counts) % 8
+    assert counts.max() > 2 * counts.min()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_norms_and_weights_equal_plain_pytorch(runs, base_model, prepared, layout):
+    losses, norms, parameters = reference(base_model, prepared)
+    run = metrics(runs[layout])
+    np.testing.assert_allclose([line["loss"] for line in run], losses, rtol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in run], norms, rtol=1e-5)
+    # Adam divides by the root of the second moment: where a gradient is nearly 0, rounding shows in the weights
+    assert largest_difference(weights(runs[layout]), parameters) < 1e-4
+
+
+def test_layouts_equal_each_other(runs):
+    first = weights(runs[LAYOUTS[0]])
+    for layout in LAYOUTS[1:]:
+        assert largest_difference(weights(runs[layout]), first) < 1e-4
+
+
+def test_control_mean_of_means_differs(runs, base_model, prepared):
+    losses, norms, parameters = reference(base_model, prepared, mean_of_means=True)
+    run = metrics(runs[1, 1])
+    assert abs(run[0]["loss"] - losses[0]) / losses[0] > 1e-4
+    assert abs(run[0]["grad_norm"] - norms[0]) / norms[0] > 1e-3
+    assert largest_difference(weights(runs[1, 1]), parameters) > 1e-2
+
+
+def test_every_line_accounts_for_its_labels(runs, prepared):
+    shards = open_shards(prepared / "train")
+    expected = [int(shards.num_labels[step_rows(0, step, len(shards), 8)].sum()) for step in range(3)]
+    assert [line["label_tokens"] for line in metrics(runs[2, 1])] == expected
