@@ -15,6 +15,9 @@ from sft.eval.results import make_folder, write_atomically, write_results
 from sft.eval.run import Scored, check_comparable, load_items, prepare, score_prepared
 from sft.settings import load
 
+LOG_WIDTH = 100
+"""Columns of the table where there is no terminal, whose width would be known."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Score both models, write <out>/{base,tuned}/, <out>/drift.json and <out>/drift.md, then apply the gate.
@@ -49,6 +52,8 @@ def _report(options: DriftConfig, base: Scored, tuned: Scored) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     console.print(to_table(report))
     console.print(f"{gate_line(report)}\nreport: {out / 'drift.md'}", markup=False, soft_wrap=True)
     if report["gate"]["failed"]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from sft.eval.results import HEADLINE, Record
@@ -13,6 +14,7 @@ from sft.eval.stats import LEVEL, Paired, compare_pairs
 from sft.eval.tasks.mmlu import category_of
 
 COLUMNS = ("n", "base %", "tuned %", "Δ points", "95 % interval", "right→wrong", "wrong→right", "McNemar p", "verdict")
+SHORT_COLUMNS = ("n", "base", "tuned", "Δ points", "95 % interval", "lost", "won", "p", "verdict")
 METRICS = {"mmlu": ("acc",), "hellaswag": ("acc_norm", "acc")}
 """Metrics of each task, the headline first."""
 
@@ -53,11 +55,7 @@ def compare(base: Scored, tuned: Scored, max_drop: float | None) -> dict[str, An
 def describe_change(pair: Paired) -> str:
     """The verdict in words, from the interval alone."""
     low, high = pair.interval
-    if high < 0:
-        return "degraded"
-    if low > 0:
-        return "improved"
-    return f"no change shown (a drop of up to {-100 * low:.1f} points is possible)"
+    return "degraded" if high < 0 else "improved" if low > 0 else "no change shown"
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -83,7 +81,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def to_table(report: dict[str, Any]) -> Table:
     """The headline table for the terminal."""
-    table = Table("task", *COLUMNS, title="Drift: tuned against base")
+    table = Table("task", *SHORT_COLUMNS, title="Drift: tuned against base", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, row in task_rows(report):
         table.add_row(name, *_cells(row))
     return table
