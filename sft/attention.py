@@ -40,7 +40,7 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
         return next(name for name, usable in available.items() if usable)
     if not available[wanted]:
         raise UserError(
-            f"model.attention {wanted}: cannot run on {device.type} with {dtype} here (it needs an Ampere or newer GPU, "
+            f"model.attention {wanted}: cannot run on {device.type} with {dtype} (it needs an Ampere or newer GPU, "
             f"bf16, and its package); usable: {', '.join(name for name, usable in available.items() if usable)}"
         )
     return wanted
@@ -93,7 +93,7 @@ def _varlen(
     key_1HTD, value_1HTD = (x.repeat_interleave(groups, dim=1) for x in (key_1GTD, value_1GTD))
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1).contiguous() for x in (query_1HTD, key_1HTD, value_1HTD))
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
-    out_THD = varlen_attn(
+    out_THD: Any = varlen_attn(
         query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **_causal_argument()
     )
     return out_THD[None]

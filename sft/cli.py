@@ -1,13 +1,16 @@
 """The console script: one sub-command per job, each also reachable as a module."""
 
+import difflib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from sft import __version__
 from sft.errors import UserError, run_command
+from sft.ports import free_port
 
 COMMANDS = {
     "demo": ("sft.demo.run", "the whole pipeline on embedded data, 2 CPU ranks, a few minutes"),
@@ -22,6 +25,7 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the `sft` script."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # transformers imports deepspeed, which is chatty
     sys.exit(run_command(dispatch))
 
 
@@ -34,8 +38,6 @@ def dispatch(argv: Sequence[str]) -> None:
     if command == "--version":
         print(__version__)
     elif command not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0)[0]
         raise UserError(f"unknown command '{command}'; did you mean 'sft {near}'? See sft --help")
     elif command == "train":
@@ -45,18 +47,22 @@ def dispatch(argv: Sequence[str]) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Check the run here, once and in seconds, then start one rank per GPU (or `--ranks N`) with the deepspeed launcher."""
-    ranks, options = _take_ranks(list(argv))
-    environment = {**os.environ, "DEEPSPEED_LOG_LEVEL": os.environ.get("DEEPSPEED_LOG_LEVEL", "warning")}
-    ranks, cpu = check_run(options, ranks)
-    if cpu:
-        cores = len(os.sched_getaffinity(0))
-        environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks))))
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", _free_port()]
-    launcher += ["--log_level", "error"]
-    code = subprocess.run([*launcher, "--module", "sft.train", *options], env=environment, check=False).returncode
+    """Check the run, once and in seconds, then start a rank per GPU (or `--ranks N`) with the deepspeed launcher."""
+    wanted, options = _take_ranks(list(argv))
+    ranks, on_cpu = check_run(options, wanted)
+    environment = dict(os.environ)
+    if on_cpu:
+        threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+        environment = {"OMP_NUM_THREADS": threads, **environment, "DS_ACCELERATOR": "cpu"}
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", str(ranks)]
+    command = [*launcher, "--master_port", free_port(), "--module", "sft.train", *options]
+    # a group of its own: the launcher passes no signal on, and its ranks would outlive it
+    launched = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, _frame: os.killpg(launched.pid, received))
+    code = launched.wait()
     if code:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)
 
 
 def check_run(options: Sequence[str], ranks: int | None) -> tuple[int, bool]:
@@ -83,14 +89,6 @@ def _take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:
     if not value.isdigit() or int(value) == 0:
         raise UserError(f"--ranks: got '{value}', must be a number of processes, 1 or more")
     return int(value), argv[:at] + argv[at + 2 :]
-
-
-def _free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _usage() -> str:

@@ -26,10 +26,6 @@ def _as_sources(value: Any) -> Any:
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
-def _yaml_off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads a bare `off` as false
-
-
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -58,7 +54,7 @@ class PrepConfig(Section):
     seq_len: Annotated[int, Field(ge=8)] = 4096
     """Tokens per pack at most; the model's context length is a good choice."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    """A row longer than seq_len: dropped and counted; cut at the end (its last supervised token stays a stop token); or an error."""
+    """A row longer than seq_len: dropped and counted; cut, its last token still a stop token; or an error."""
     heldout: Annotated[float, Field(ge=0)] = 0.0
     """Rows kept for held-out loss, chosen by a seeded hash: a fraction below 1, or a number of rows."""
     dedup: Literal["none", "exact"] = "exact"
@@ -92,11 +88,11 @@ class ModelSection(Section):
     """flash_attention_2: the flash-attn package; varlen: PyTorch's own variable-length kernel; sdpa: one
     scaled-dot-product call per document, on any device; auto: the first of these that can run here."""
     activation_checkpointing: Literal["full", "none"] = "full"
-    """full: keep one activation per layer and recompute the rest in backward (about 1/3 more compute, far less memory)."""
+    """full: keep one activation per layer, recompute the rest in backward (1/3 more compute, far less memory)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute dtype. auto: bf16 on GPUs and on CPUs with bf16 units, else fp32. Master weights are always fp32."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
-    """RMSNorm, SwiGLU and RoPE kernels. auto: liger-kernel on a GPU where it is installed and knows the model, else torch."""
+    """RMSNorm, SwiGLU and RoPE kernels. auto: liger-kernel on a GPU where it is installed, else torch."""
 
 
 class DataSection(Section):
@@ -167,7 +163,7 @@ class EvalSection(Section):
 
 
 class TrackSection(Section):
-    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_yaml_off)] = "offline"
+    wandb: Literal["off", "offline", "online"] = "offline"
     """offline writes to <out>/wandb for a later `wandb sync`; online needs a network and WANDB_API_KEY."""
     project: str = "sft"
     """wandb project name."""
@@ -240,7 +236,7 @@ class ScoreOptions(Section):
     limit: PositiveInt | None = None
     """Score the first N items of every MMLU subject and of HellaSwag."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype of the model. auto: bf16 on GPUs, fp32 on CPUs without bf16 units. Scores are always summed in fp32."""
+    """Compute dtype. auto: bf16 on GPUs and on CPUs with bf16 units, else fp32. Softmax and sums are fp32 at least."""
     tokens_per_batch: PositiveInt = 16384
     """Padded tokens in one forward at most."""
     out: str

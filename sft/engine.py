@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,8 @@ from sft.config import RunConfig
 from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
 from sft.optim import build_optimizer
+from sft.ports import free_port
+from sft.pretrained import choose_dtype
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -79,7 +80,7 @@ def read_strategy(name: str) -> dict[str, Any]:
 def start_distributed() -> torch.device:
     """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
     if torch.cuda.is_available():
@@ -108,14 +109,6 @@ def choose_numerics(config: RunConfig, device: torch.device, model_type: str) ->
     return Numerics(device, dtype, attention, liger)
 
 
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32: emulated bf16 products are 27 times slower than fp32."""
-    if wanted == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
-
-
 def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> deepspeed.DeepSpeedEngine:
     """Load the base model and wrap it: partitioned, with optimizer, ready for `engine(micro_batch)`."""
     settings = engine_settings(config, strategy, numerics)
@@ -133,7 +126,7 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
 
 
 def engine_settings(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> dict[str, Any]:
-    """The complete DeepSpeed config. Accumulation is ours (one step() per optimizer step), nothing divides behind us."""
+    """The complete DeepSpeed config. Accumulation is ours, one step() per optimizer step: nothing divides behind us."""
     return {
         **strategy,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch,
@@ -201,9 +194,3 @@ def _paths_of_auto(value: Any, prefix: str = "") -> list[str]:
     if isinstance(value, dict):
         return [path for key, item in value.items() for path in _paths_of_auto(item, f"{prefix}{key}.")]
     return [prefix.rstrip(".")] if value == "auto" else []
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

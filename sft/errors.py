@@ -3,6 +3,7 @@
 Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's input, 3 a gate failed.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,6 +29,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except GateFailed as error:
         print(f"gate failed: {error}", file=sys.stderr)
         return EXIT_GATE_FAILED
+    except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -35,7 +35,7 @@ def prove_isolation(engine: Any, vocab_size: int, device: torch.device) -> str:
     joined = _hidden(engine, [np.concatenate([first, second])], device)[len(first) :]
     leak, control = _relative(packed, alone), _relative(joined, alone)
     tolerance = ISOLATION_TOLERANCE[alone.dtype]
-    line = f"isolation probe: packed against alone {leak:.1e} (limit {tolerance:.0e}), control without boundary {control:.1e}"
+    line = f"isolation probe: packed against alone {leak:.1e} (limit {tolerance:.0e}), without boundary {control:.1e}"
     if not leak <= tolerance:
         raise UserError(
             f"{line}: documents of a pack see each other with this attention kernel; choose model.attention sdpa"

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import save_file
 
 from sft.checkpoint import Pieces, read_meta
 from sft.errors import UserError
+from sft.pretrained import quiet_libraries
+from sft.progress import track
 from sft.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -57,11 +58,13 @@ def verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: 
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    quiet_libraries()
     load_tokenizer(folder)
     GenerationConfig.from_pretrained(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loading: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
+    model, info = loading
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(f"export {folder}: does not load back: {len(wrong)} keys wrong, first {wrong[0]}")
     loaded = dict(model.named_parameters())
@@ -77,14 +80,13 @@ def _write_weights(
 ) -> None:
     plan = _plan_files(shapes, dtype.itemsize, max_bytes)
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(track(plan, description="export", disable=len(plan) < 2), start=1):
+    for index, names in enumerate(track(plan, "export", visible=len(plan) > 1), start=1):
         file = f"model-{index:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else "model.safetensors"
         save_file(dict(_tensors(checkpoint, shapes, names, dtype)), out / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     if len(plan) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _plan_files(shapes: dict[str, list[int]], itemsize: int, max_bytes: int) -> list[list[str]]:

@@ -41,10 +41,11 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         UserError: something is missing, torn, of another tokenizer, too long, or does not divide.
     """
     per_forward = world_size * config.batch.micro_batch
-    if config.batch.rows_per_step % per_forward:
+    rows = config.batch.rows_per_step
+    if rows % per_forward:
         raise UserError(
-            f"batch.rows_per_step {config.batch.rows_per_step} is no multiple of {world_size} ranks x micro_batch "
-            f"{config.batch.micro_batch} = {per_forward}; use {_nearest_multiple(config.batch.rows_per_step, per_forward)}"
+            f"batch.rows_per_step {rows} is no multiple of {world_size} ranks x micro_batch "
+            f"{config.batch.micro_batch} = {per_forward}; use {max(1, round(rows / per_forward)) * per_forward}"
         )
     strategy = read_strategy(config.deepspeed)
     model_config = read_model_config(config.model.path)
@@ -62,7 +63,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         strategy=strategy,
         model_config=model_config,
         world_size=world_size,
-        accumulation=config.batch.rows_per_step // per_forward,
+        accumulation=rows // per_forward,
         steps_per_epoch=epoch,
         total_steps=total,
         last_step=min(total, config.train.stop_after or total),
@@ -83,13 +84,15 @@ def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
 def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
     """The derived numbers, shown as the products that made them."""
     rows, micro = config.batch.rows_per_step, config.batch.micro_batch
-    totals = inputs.train.manifest["totals"]
     packs = len(inputs.train)
+    tokens, labels = (inputs.train.manifest["totals"][name] / packs for name in ("tokens", "labels"))
+    ranks, accumulation = inputs.world_size, inputs.accumulation
+    per_step = f"{rows * tokens:,.0f}, of which {rows * labels:,.0f} are labels"
+    epoch, total = inputs.steps_per_epoch, inputs.total_steps
     return [
-        f"rows per step   {inputs.world_size} ranks x {micro} micro-batch x {inputs.accumulation} accumulation = {rows}",
-        f"tokens per step {rows} packs x {totals['tokens'] / packs:,.0f} tokens = {rows * totals['tokens'] / packs:,.0f}, "
-        f"of which {rows * totals['labels'] / packs:,.0f} are labels",
-        f"steps           {packs:,} packs / {rows} = {inputs.steps_per_epoch:,} per epoch, {inputs.total_steps:,} in all",
+        f"rows per step   {ranks} ranks x {micro} micro-batch x {accumulation} accumulation = {rows}",
+        f"tokens per step {rows} packs x {tokens:,.0f} = {per_step}",
+        f"steps           {packs:,} packs / {rows} = {epoch:,} per epoch, {total:,} in all",
     ]
 
 
@@ -122,10 +125,6 @@ def _same_ids(made_with: dict[str, Any], tokenizer: Tokenizer) -> bool:
     ):
         return False
     return all(tokenizer.encode(probe["text"]) == probe["ids"] for probe in made_with["probe"])
-
-
-def _nearest_multiple(value: int, factor: int) -> int:
-    return max(1, round(value / factor)) * factor
 
 
 def run_folder(config: RunConfig) -> Path:

@@ -35,8 +35,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_NE: torch.Tensor, weight_VE: torch.Tensor, targets_N: torch.Tensor, need_grad: bool
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
-        grad_hidden_NE = torch.empty_like(hidden_NE) if need_grad else None
-        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if need_grad else None
+        grad_hidden_NE = torch.empty_like(hidden_NE if need_grad else hidden_NE[:0])
+        grad_weight_VE = torch.zeros_like(weight_VE if need_grad else weight_VE[:0], dtype=torch.float32)
         chunk = max(1, CHUNK_LOGITS // weight_VE.shape[0])
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)

@@ -22,9 +22,10 @@ PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e
 def flops_per_token(config: dict[str, Any], num_parameters: int, attention_length: float) -> float:
     """Training FLOPs of one token, forward and backward, without recomputation.
 
-    6 N + 6 L A T: N parameters that multiply (the input embedding only looks up, unless it is tied to the head), L layers, A = heads x head size,
-    T = mean of the squared document lengths over their mean: attention is causal and stays inside documents, so
-    the length of the pack would overstate it. Convention of PaLM (Chowdhery et al. 2022, appendix B), halved for causality.
+    6 N + 6 L A T: N parameters that multiply (an input embedding only looks up, unless it is tied to the head),
+    L layers, A = heads x head size, T = mean squared document length over mean document length: attention is causal
+    and stays inside documents, so the length of the pack would overstate it. Convention of PaLM (Chowdhery et al.
+    2022, appendix B), with the attention term halved for causality.
     """
     heads = config["num_attention_heads"]
     width = heads * (config.get("head_dim") or config["hidden_size"] // heads)

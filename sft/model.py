@@ -10,6 +10,7 @@ from torch import nn
 from sft.batch import MicroBatch
 from sft.errors import UserError
 from sft.loss import LossHead
+from sft.pretrained import load_causal_lm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type values whose attention is plain causal attention with rotary positions: what sft.attention computes."""
@@ -52,7 +53,9 @@ def read_model_config(folder: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {folder}/config.json: not valid JSON: {error}") from None
     if not list(path.glob("*.safetensors")):
-        raise UserError(f"model.path {folder}: holds no *.safetensors weights")
+        raise UserError(
+            f"model.path {folder}: holds no *.safetensors weights; convert other formats to safetensors first"
+        )
     if config.get("model_type") not in FAMILIES:
         raise UserError(
             f"model.path {folder}/config.json: model_type '{config.get('model_type')}' is not supported; "
@@ -60,7 +63,8 @@ def read_model_config(folder: str) -> dict[str, Any]:
         )
     if config.get("attention_dropout"):
         raise UserError(
-            f"model.path {folder}/config.json: attention_dropout {config['attention_dropout']} is not supported; set it to 0.0"
+            f"model.path {folder}/config.json: attention_dropout {config['attention_dropout']} is not supported; "
+            "set it to 0.0"
         )
     return config
 
@@ -91,25 +95,9 @@ def load_model(folder: str, *, dtype: torch.dtype, attention: str, checkpointing
     Raises:
         UserError: the weights do not fit the config (missing or unexpected tensors).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if liger:
-        _patch_with_liger(config.model_type)
-    try:
-        hf, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.path {folder}: weights cannot be loaded: {reason}") from error
-    if wrong := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
-        raise UserError(f"model.path {folder}: weights lack {len(wrong)} tensors of the architecture, first {wrong[0]}")
+        _patch_with_liger(read_model_config(folder)["model_type"])
+    hf = load_causal_lm(folder, dtype=dtype, attention=attention)
     hf.config.use_cache = False
     hf.lm_head.__class__ = LossHead
     if hf.lm_head.bias is not None:

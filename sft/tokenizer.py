@@ -57,8 +57,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included, nothing cleaned up."""
         if self.sentencepiece is not None:
-            return self.sentencepiece.decode(list(ids))
-        return self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+            return str(self.sentencepiece.decode(list(ids)))
+        return str(self.hf.backend_tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sft.ports import free_port
+
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 
@@ -33,7 +35,12 @@ def make_tokenizer(folder: Path) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -91,10 +98,20 @@ def make_alpaca(path: Path, rows: int = 60, seed: int = 0) -> Path:
 
 def make_strategy(path: Path, stage: int = 3, **zero: object) -> Path:
     """A strategy file that releases parameters at once, so that every rank must re-gather them."""
-    settings = {"stage": stage, "overlap_comm": False, "memory_efficient_linear": False, "reduce_bucket_size": 1000, **zero}
+    settings = {
+        "stage": stage,
+        "overlap_comm": False,
+        "memory_efficient_linear": False,
+        "reduce_bucket_size": 1000,
+        **zero,
+    }
     if stage == 3:
         settings |= RELEASE_AT_ONCE
-    strategy = {"zero_optimization": settings, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    strategy = {
+        "zero_optimization": settings,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
     path.write_text(json.dumps(strategy))
     return path
 
@@ -121,9 +138,15 @@ def run(command: list[str], timeout_s: int = 240, **options: object) -> subproce
 
 def run_module(ranks: int, module: str, *arguments: str, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
     """Start `ranks` real processes over gloo through DeepSpeed's own launcher."""
-    from sft.cli import _free_port
-
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", _free_port()]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        free_port(),
+    ]
     launcher += ["--log_level", "error"]
     return run([*launcher, "--module", module, *arguments], timeout_s)
 

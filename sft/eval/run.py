@@ -20,6 +20,7 @@ from sft.eval.requests import Request, build_requests, digest_requests
 from sft.eval.results import Record, make_records
 from sft.eval.tasks import data, hellaswag, mmlu
 from sft.eval.tasks.item import NUM_CHOICES, Item, digest_items
+from sft.pretrained import choose_dtype
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 PARITY_WITH = "lm_eval 0.4.13"
@@ -83,7 +84,7 @@ def score_prepared(prepared: Prepared, options: ScoreOptions, ranks: Ranks) -> S
     Raises:
         UserError: the weights cannot be loaded, or give scores that are not finite.
     """
-    dtype = score.choose_dtype(options.dtype, ranks.device)
+    dtype = choose_dtype(options.dtype, ranks.device)
     model = score.load_model(prepared.folder, dtype, ranks.device)
     records = {}
     for task, requests in prepared.requests.items():

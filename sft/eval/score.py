@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from sft.errors import UserError
-from sft.eval.progress import track
 from sft.eval.ranks import Ranks, merge
 from sft.eval.requests import Request
+from sft.pretrained import load_causal_lm
+from sft.progress import track
 
 ATTENTION = "sdpa"
 DEFAULT_MAX_LENGTH = 2048
@@ -32,14 +33,6 @@ class Forward:
     ids: np.ndarray
     scored: tuple[tuple[int, np.ndarray], ...]
     """(request number, its scored ids): they end one position after the last input id."""
-
-
-def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, else fp32."""
-    if wanted == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
 def read_max_length(folder: str, tokenizer: Any) -> int:
@@ -63,27 +56,8 @@ def load_model(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UserError: config or weights are missing, torn, pickled, or do not fit each other.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
     _read_config(folder)
-    if not list(Path(folder).glob("*.safetensors")):
-        raise UserError(f"model {folder}: holds no *.safetensors weights; convert other formats to safetensors first")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    model, info = loaded
-    if wrong := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
-        raise UserError(f"model {folder}: its weights lack {len(wrong)} tensors of the architecture, first {wrong[0]}")
-    return model.to(device).eval()
+    return load_causal_lm(folder, dtype=dtype, attention=ATTENTION).to(device).eval()
 
 
 def score_requests(

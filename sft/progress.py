@@ -32,4 +32,4 @@ def _with_lines(steps: Sequence[Step], label: str) -> Iterator[Step]:
         is_tenth = done * 10 // len(steps) > (done - 1) * 10 // len(steps)
         if is_tenth and now_s - said_s >= QUIET_S:
             said_s = now_s
-            sys.stderr.write(f"{label}: {done}/{len(steps)} batches, {now_s - start_s:.0f} s\n")
+            sys.stderr.write(f"{label}: {done}/{len(steps)}, {now_s - start_s:.0f} s\n")

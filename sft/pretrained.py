@@ -1,0 +1,55 @@
+"""Loading a Hugging Face causal LM from a local folder, the same way for training, export checks and evaluation."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sft.errors import UserError
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, else fp32: emulated bf16 products are many times slower."""
+    if wanted == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) -> Any:
+    """transformers causal LM from local safetensors only; every tensor of the architecture must be there.
+
+    Raises:
+        UserError: weights are missing, torn, pickled, or do not fit the config (transformers would fill them randomly).
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not list(Path(folder).glob("*.safetensors")):
+        raise UserError(f"model {folder}: holds no *.safetensors weights; convert other formats to safetensors first")
+    quiet_libraries()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    model, info = loaded
+    if wrong := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
+        raise UserError(f"model {folder}: its weights lack {len(wrong)} tensors of the architecture, first {wrong[0]}")
+    return model
+
+
+def quiet_libraries() -> None:
+    """transformers' loading bars only where somebody watches: on the first rank's terminal."""
+    from transformers.utils import logging
+
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        logging.disable_progress_bar()
