@@ -5,10 +5,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import tiny
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -129,26 +129,29 @@ def rank_environment() -> dict[str, str]:
     }
 
 
-def run(command: list[str], timeout_s: int = 240, **options: object) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], timeout_s: int = 240, environment: dict[str, str] | None = None, **options: object):
     """Run a command to its end and return its output; a hang is an error."""
+    environment = environment or rank_environment()
     return subprocess.run(
-        command, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s, check=False, **options
+        command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False, **options
     )
 
 
-def run_module(ranks: int, module: str, *arguments: str, timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
+def run_module(ranks: int, module: str, *arguments: str, timeout_s: int = 240):
     """Start `ranks` real processes over gloo through DeepSpeed's own launcher."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        free_port(),
-    ]
-    launcher += ["--log_level", "error"]
-    return run([*launcher, "--module", module, *arguments], timeout_s)
+    return run([*_launcher(ranks), "--module", module, *arguments], timeout_s)
+
+
+def run_module_on_gpu(ranks: int, module: str, *arguments: str, timeout_s: int = 240):
+    """The same on GPUs, over NCCL."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+    environment.pop("DS_ACCELERATOR", None)
+    return run([*_launcher(ranks), "--module", module, *arguments], timeout_s, environment)
+
+
+def _launcher(ranks: int) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    return [*launcher, "--num_gpus", str(ranks), "--master_port", free_port()]
 
 
 def read_jsonl(path: Path) -> list[dict]:

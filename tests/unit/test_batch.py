@@ -12,7 +12,11 @@ CPU = torch.device("cpu")
 
 def test_the_drawing_in_the_docstring():
     built = batch.build(
-        [(np.array([10, 11, 12, 13]), np.array([-100, -100, 12, 13])), (np.array([20, 21, 22]), np.array([20, 21, 22]))], CPU
+        [
+            (np.array([10, 11, 12, 13]), np.array([-100, -100, 12, 13])),
+            (np.array([20, 21, 22]), np.array([20, 21, 22])),
+        ],
+        CPU,
     )
     assert built.ids_1T.tolist() == [[10, 11, 12, 13, 20, 21, 22]]
     assert built.pos_1T.tolist() == [[0, 1, 2, 3, 0, 1, 2]]

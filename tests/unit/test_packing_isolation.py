@@ -1,4 +1,7 @@
-"""Packed documents give the losses, states and gradients of each document alone. Run: pytest tests/unit/test_packing_isolation.py"""
+"""Packed documents give the losses, states and gradients of each document alone.
+
+Run: pytest tests/unit/test_packing_isolation.py
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +30,9 @@ def documents(lengths=(7, 12, 3, 1, 20), seed=0):
 
 
 def load(folder, checkpointing):
-    return load_model(str(folder), dtype=torch.float32, attention=register("sdpa"), checkpointing=checkpointing, liger=False)
+    return load_model(
+        str(folder), dtype=torch.float32, attention=register("sdpa"), checkpointing=checkpointing, liger=False
+    )
 
 
 def alone(folder, docs):
