@@ -157,3 +157,45 @@ def _launcher(ranks: int) -> list[str]:
 def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_evals(folder: Path, subjects: tuple[str, ...] = ("anatomy", "virology"), items: int = 4) -> Path:
+    """Invented MMLU and HellaSwag items in the hub's layout."""
+    for subject in subjects:
+        target = folder / "cais" / "mmlu" / subject
+        target.mkdir(parents=True)
+        for split, count in (("dev", 5), ("test", items)):
+            rows = [
+                {
+                    "question": f"What is {subject} {split} {index}?",
+                    "subject": subject,
+                    "choices": [f"w{index}", "x", f"y {index}", "z"],
+                    "answer": index % 4,
+                }
+                for index in range(count)
+            ]
+            _write_jsonl(target / f"{split}.jsonl", rows)
+    target = folder / "Rowan" / "hellaswag"
+    target.mkdir(parents=True)
+    for split in ("train", "validation"):
+        rows = [
+            {
+                "ind": index,
+                "activity_label": "Baking",
+                "ctx_a": f"The {split} baker {index} mixes dough.",
+                "ctx_b": "then he",
+                "ctx": "",
+                "endings": [f"bakes {index}.", "swims away.", "sleeps.", f"reads page {index}."],
+                "label": str(index % 4),
+                "source_id": f"s{index}",
+                "split": split,
+                "split_type": "indomain",
+            }
+            for index in range(items)
+        ]
+        _write_jsonl(target / f"{split}.jsonl", rows)
+    return folder
+
+
+def _write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
