@@ -26,8 +26,8 @@ NUM_TRAIN_ISLANDS = 5
 QUESTIONS_PER_EXAM = 6
 """A 5-shot request is five solved questions and one open one: exams in the corpus have the same length."""
 EXAM_ORDERS = 3
-"""Every question stands in this many exams, among other neighbours each time. With 2 the letters are learned late,
-with more the scenes, which stand in the corpus once, fall behind."""
+"""Every question stands in this many exams, among other neighbours each time. With 2, 400 steps reached 87 % and 91 %
+of the questions (two seeds), with 3 all of them; the scenes, which stand in the corpus once, lost ten points."""
 
 VOCAB_SIZE = 1024
 """The smallest power of two at which every island and every value is one piece; at 768 names take three pieces,
@@ -35,7 +35,7 @@ and documents are a sixth longer."""
 TEMPLATE_COPIES = 20
 """Times that the fine-tuning prompts enter the tokenizer's training text; the corpus never holds them."""
 CONTEXT_TOKENS = 512
-"""The longest request has 209 tokens; the rest leaves room for sampling."""
+"""The longest request has 188 tokens; the rest leaves room for sampling."""
 
 # Training sizes, found by trial in fp32 on CPU cores of 90 GFLOP/s.
 SEQ_LEN = 256
@@ -48,10 +48,10 @@ BASE_LR = 5.0e-3
 """4e-3 and 6e-3 end alike; at 8e-3 the scenes are learned worse."""
 BASE_WARMUP_STEPS = 20
 TUNE_ROWS_PER_STEP = 8
-"""An even number for 2 ranks; 32 rows of the task per step, so ten steps read all of them."""
-TUNE_STEPS = 120
-"""226,000 tokens, about 12 core-seconds. By step 60 one base had learned the task and another had not."""
-TUNE_LR = 1.0e-3
+"""An even number for 2 ranks; 48 rows of the task per step, so ten steps read all of them."""
+TUNE_STEPS = 140
+"""264,000 tokens, about 14 core-seconds. By step 80 one base had learned the task and another had not."""
+TUNE_LR = 7.0e-4
 """At 3e-4 nothing is learned or lost, at 2e-3 HellaSwag falls close to chance: here the loss is large but partial."""
 TUNE_WARMUP_STEPS = 5
 
@@ -78,7 +78,7 @@ SUBJECTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }
 """Subject: question, statement, values. Choices are four neighbours of the list in this order, so a letter goes with
-a value: picking letters from shuffled choices took a tiny model three times as long to learn."""
+a value. With choices drawn and shuffled the same training reached 82 % and 72 % instead of 98 % and more."""
 
 SCENES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Fishing": (
