@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -25,7 +26,8 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the `sft` script."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")  # transformers imports deepspeed, which is chatty
+    # transformers imports deepspeed, which warns of a missing GPU in commands that need none
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     sys.exit(run_command(dispatch))
 
 

@@ -18,6 +18,9 @@ from sft.settings import redact
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 """Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets; the SXM variant where there are several."""
 
+SECONDS_BETWEEN_LINES = 2.0
+"""Without a terminal, at most one step is printed in this time; metrics.jsonl has them all."""
+
 
 def flops_per_token(config: dict[str, Any], num_parameters: int, attention_length: float) -> float:
     """Training FLOPs of one token, forward and backward, without recomputation.
@@ -52,6 +55,7 @@ class Recorder:
         self._tensorboard: Any = None
         self._progress = _progress_bar(self._console) if is_writer and sys.stdout.isatty() else None
         self._total_steps = total_steps
+        self._said_s = float("-inf")
         if is_writer:
             self._start_trackers(config)
 
@@ -90,7 +94,8 @@ class Recorder:
         status = _status_line(values)
         if self._progress:
             self._progress.update(self._task, completed=step, status=status)
-        else:
+        elif step in (1, self._total_steps) or time.monotonic() - self._said_s >= SECONDS_BETWEEN_LINES:
+            self._said_s = time.monotonic()
             self._console.print(f"step {step}/{self._total_steps}  {status}", markup=False)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._wandb is not None:

@@ -124,7 +124,6 @@ def rank_environment() -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "DEEPSPEED_LOG_LEVEL": "error",
         "PYTHONPATH": str(REPO),
     }
 
