@@ -53,11 +53,11 @@ def main(argv: Sequence[str]) -> None:
     reading = _settings(world.BASE_ROWS_PER_STEP, world.BASE_STEPS, world.BASE_LR, world.BASE_WARMUP_STEPS)
     _train(out / "base-init", out / "corpus-packs", out / "base-run", reading, config.ranks)
 
-    chapter("3. Fine-tuning under ZeRO-3: spell a word with dashes")
+    chapter("3. Fine-tuning under ZeRO-3: say what kind of thing a word names")
     base, tuned = out / "base-run" / "export", out / "tuned-run" / "export"
     _prepare(str(out / "world" / "alpaca.json"), base, out / "alpaca-packs")
-    spelling = _settings(world.TUNE_ROWS_PER_STEP, world.TUNE_STEPS, world.TUNE_LR, world.TUNE_WARMUP_STEPS)
-    _train(base, out / "alpaca-packs", out / "tuned-run", spelling, config.ranks)
+    naming = _settings(world.TUNE_ROWS_PER_STEP, world.TUNE_STEPS, world.TUNE_LR, world.TUNE_WARMUP_STEPS)
+    _train(base, out / "alpaca-packs", out / "tuned-run", naming, config.ranks)
 
     chapter("4. One answer, before and after")
     row = world.held_out_row()

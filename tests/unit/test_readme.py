@@ -1,0 +1,93 @@
+"""The README's commands parse, its links and files exist, its outputs are whole. Run: pytest tests/unit/test_readme.py"""
+
+import re
+import shlex
+
+import pytest
+
+from sft import config
+from sft.cli import COMMANDS, _take_ranks
+from sft.errors import UserError
+from sft.settings import load
+from tests.tiny import REPO
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+OPTIONS = {
+    "prep": config.PrepConfig,
+    "show": config.ShowConfig,
+    "train": config.RunConfig,
+    "export": config.ExportConfig,
+    "eval": config.EvalConfig,
+    "drift": config.DriftConfig,
+    "demo": config.DemoConfig,
+}
+POSITIONAL = {"show": "shards", "export": "run"}
+
+
+def shell_lines():
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def sft_commands():
+    return [line for line in shell_lines() if line.startswith("sft ")]
+
+
+def parse(line):
+    """Exit of `--print-config`: the options are complete and valid."""
+    _, command, *arguments = shlex.split(line)
+    _, arguments = _take_ranks(arguments)
+    with pytest.raises(SystemExit) as left:
+        load(OPTIONS[command], [*arguments, "--print-config"], prog=f"sft {command}", positional=POSITIONAL.get(command))
+    return left.value.code
+
+
+def test_there_are_commands_to_check():
+    assert len(sft_commands()) >= 6
+    assert set(COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("line", sft_commands())
+def test_command_parses(line, capsys):
+    assert parse(line) == 0
+    assert capsys.readouterr().out
+
+
+def test_control_a_wrong_command_is_noticed():
+    with pytest.raises(UserError, match="did you mean --data.train"):
+        parse("sft train --data.trian x")
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "launch/" in line])
+def test_launch_commands_name_files_that_exist(line):
+    named = [word for word in line.split() if word.startswith("launch/")]
+    assert len(named) == 2
+    assert all((REPO / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_exist(target):
+    assert (REPO / target).exists()
+
+
+def test_make_targets_exist():
+    makefile = (REPO / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_first_screen_holds_the_two_commands():
+    first_screen = README.splitlines()[:25]
+    assert any("make demo" in line for line in first_screen)
+    assert any("make test" in line for line in first_screen)
+
+
+def test_the_file_tree_names_every_module():
+    tree = README.split("## What is where")[1]
+    for package in ("sft", "data_prep"):
+        for module in (REPO / package).glob("[a-z]*.py"):
+            assert re.search(rf"\b{module.stem}\b", tree), f"{package}/{module.name} is missing from the tree"
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z]+@", README)
