@@ -89,23 +89,31 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query_1HTD.shape[1] // key_1GTD.shape[1]
-    # torch 2.10 and 2.11 have no grouped-query mode here; repeating is exact and costs K and V once more
+    # torch 2.10 has no grouped-query mode here; repeating is exact and costs K and V once more
     key_1HTD, value_1HTD = (x.repeat_interleave(groups, dim=1) for x in (key_1GTD, value_1GTD))
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1).contiguous() for x in (query_1HTD, key_1HTD, value_1HTD))
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
-    out_THD: Any = varlen_attn(
-        query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, **_causal_argument()
-    )
+    options = _varlen_options(scaling, query_THD.shape[-1])
+    out_THD: Any = varlen_attn(query_THD, key_THD, value_THD, cu_seqlens, cu_seqlens, longest, longest, **options)
     return out_THD[None]
 
 
+def _varlen_options(scaling: float, head_size: int) -> dict[str, Any]:
+    """Causal, with `scaling`: torch 2.10 says is_causal and always scales by head_size^-0.5; later ones take both."""
+    parameters = _varlen_parameters()
+    causal = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    if "scale" in parameters:
+        return {**causal, "scale": scaling}
+    if abs(scaling - head_size**-0.5) > 1e-6:
+        raise ValueError(f"varlen attention of torch {torch.__version__} cannot scale by {scaling}; use another kernel")
+    return causal
+
+
 @functools.cache
-def _causal_argument() -> dict[str, Any]:
-    """torch 2.10 says is_causal=True, later versions say window_size=(-1, 0)."""
+def _varlen_parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    parameters = inspect.signature(varlen_attn).parameters
-    return {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _sdpa(

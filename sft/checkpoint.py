@@ -68,7 +68,6 @@ def save(engine: Any, folder: Path, step: int, identity: dict[str, Any], heldout
     _write_rank_file(engine, partial / _rank_file(rank, world_size))
     dist.barrier()
     if rank == 0:
-        shapes = {_name(name): list(_shape(parameter)) for name, parameter in engine.module.named_parameters()}
         _write_json(
             partial / "meta.json",
             {
@@ -77,7 +76,7 @@ def save(engine: Any, folder: Path, step: int, identity: dict[str, Any], heldout
                 "optimizer_step": _optimizer_step(engine.optimizer),
                 "world_size": world_size,
                 "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
-                "shapes": shapes,
+                "shapes": _shapes(engine),
                 "identity": identity,
                 "heldout_loss": heldout_loss,
             },
@@ -85,6 +84,8 @@ def save(engine: Any, folder: Path, step: int, identity: dict[str, Any], heldout
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         os.replace(partial, final)
         _write_json(final / "COMPLETE", {"bytes": sizes})
+        for abandoned in folder.glob("step-*.partial"):  # of saves that were killed
+            shutil.rmtree(abandoned)
     dist.barrier()
 
 
@@ -165,6 +166,7 @@ def load(engine: Any, checkpoint: Path) -> None:
     """Put weights, moments and optimizer step of `checkpoint` into a fresh engine; collective."""
     meta = read_meta(checkpoint)
     optimizer = engine.optimizer
+    _check_shapes(checkpoint, meta["shapes"], _shapes(engine))
     if _is_stage3(optimizer):
         optimizer.checkpoint_event_prologue()
     pieces = Pieces(checkpoint)
@@ -242,7 +244,8 @@ def _is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
-def _flat_tensors(optimizer: Any) -> list[torch.Tensor]:
+def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """The flat fp32 tensors that this rank's optimizer steps."""
     if _is_stage3(optimizer):
         return optimizer.fp32_partitioned_groups_flat
     return optimizer.single_partition_of_fp32_groups
@@ -256,13 +259,13 @@ def _moment(optimizer: Any, flat: torch.Tensor, state: str) -> torch.Tensor:
 
 
 def _optimizer_step(optimizer: Any) -> int:
-    states = optimizer.optimizer.state.get(_flat_tensors(optimizer)[0], {})
+    states = optimizer.optimizer.state.get(flat_tensors(optimizer)[0], {})
     return int(states.get("step", 0))
 
 
 def _set_optimizer_step(optimizer: Any, step: int) -> None:
     counts_on_host = type(optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
-    for flat in _flat_tensors(optimizer):
+    for flat in flat_tensors(optimizer):
         # one tensor each: torch's AdamW counts in place, and a shared one would count once per flat tensor
         optimizer.optimizer.state[flat]["step"] = (
             step if counts_on_host else torch.tensor(float(step), dtype=torch.float32, device=flat.device)
@@ -299,8 +302,18 @@ def _name(engine_name: str) -> str:
     return engine_name.removeprefix(PREFIX)
 
 
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+def _shapes(engine: Any) -> dict[str, list[int]]:
+    parameters = engine.module.named_parameters()
+    return {_name(name): list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
+
+
+def _check_shapes(checkpoint: Path, saved: dict[str, list[int]], current: dict[str, list[int]]) -> None:
+    if wrong := [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]:
+        name = wrong[0]
+        shapes = f"{saved.get(name)} there, {current.get(name)} here"
+        raise UserError(
+            f"checkpoint {checkpoint}: is of another model: shape of {name} is {shapes}; choose another --out"
+        )
 
 
 def _rank_file(rank: int, world_size: int) -> str:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sft import __version__
 from sft.errors import UserError, run_command
@@ -50,47 +50,63 @@ def dispatch(argv: Sequence[str]) -> None:
 
 def train(argv: Sequence[str]) -> None:
     """Check the run, once and in seconds, then start a rank per GPU (or `--ranks N`) with the deepspeed launcher."""
-    wanted, options = _take_ranks(list(argv))
-    ranks, on_cpu = check_run(options, wanted)
+    wanted, options = take_ranks(list(argv))
+    if {"-h", "--help"} & set(options):
+        print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
+    ranks, on_cpu, finished = check_run(options, wanted)
     environment = dict(os.environ)
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--master_port", free_port()]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
     if on_cpu:
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
         environment = {"OMP_NUM_THREADS": threads, **environment, "DS_ACCELERATOR": "cpu"}
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", free_port(), "--module", "sft.train", *options]
+    if visible and not on_cpu:  # with --num_gpus the launcher would ignore it and take the first GPUs of the host
+        launcher += ["--include", "localhost:" + ",".join(visible.split(",")[:ranks])]
+    else:
+        launcher += ["--num_gpus", str(ranks)]
     # a group of its own: the launcher passes no signal on, and its ranks would outlive it
-    launched = subprocess.Popen(command, env=environment, start_new_session=True)
+    launched = subprocess.Popen([*launcher, "--module", "sft.train", *options], env=environment, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: os.killpg(launched.pid, received))
     code = launched.wait()
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
+    if not finished():  # the launcher exits with 0 when it is killed itself
+        raise SystemExit("error: the ranks ended before the last step; see their output above")
 
 
-def check_run(options: Sequence[str], ranks: int | None) -> tuple[int, bool]:
-    """Validate options and inputs; returns the number of ranks and whether they run on CPU."""
+def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Callable[[], bool]]:
+    """Validate options and inputs; returns the number of ranks, whether they run on CPU, and a look at the outcome."""
     import torch
 
     from sft.config import RunConfig
-    from sft.inputs import open_inputs, run_folder
+    from sft.inputs import find_resume, open_inputs, reached_last_step, run_folder
     from sft.settings import load
 
-    cpu = not torch.cuda.is_available()
-    ranks = ranks or (1 if cpu else torch.cuda.device_count())
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     config = load(RunConfig, options, prog="sft train")
-    open_inputs(config, ranks)
+    ranks = wanted or (1 if on_cpu else torch.cuda.device_count())
+    if not on_cpu and ranks > torch.cuda.device_count():
+        raise UserError(f"--ranks {ranks}: only {torch.cuda.device_count()} GPUs are visible here")
+    inputs = open_inputs(config, ranks)
     run_folder(config)
-    return ranks, cpu
+    find_resume(config, inputs)
+    return ranks, on_cpu, lambda: reached_last_step(config, inputs)
 
 
-def _take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:
-    if "--ranks" not in argv:
+def take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:
+    """`--ranks N` or `--ranks=N`, the launcher's own option, and the options without it.
+
+    Raises:
+        UserError: N is no positive number.
+    """
+    at = next((index for index, word in enumerate(argv) if word.split("=")[0] == "--ranks"), None)
+    if at is None:
         return None, argv
-    at = argv.index("--ranks")
-    value = argv[at + 1] if at + 1 < len(argv) else ""
-    if not value.isdigit() or int(value) == 0:
-        raise UserError(f"--ranks: got '{value}', must be a number of processes, 1 or more")
-    return int(value), argv[:at] + argv[at + 2 :]
+    rest = argv[at].partition("=")[1:] if "=" in argv[at] else ("", "".join(argv[at + 1 : at + 2]))
+    if not rest[1].isdigit() or int(rest[1]) == 0:
+        raise UserError(f"--ranks: got '{rest[1]}', must be a number of processes, 1 or more")
+    return int(rest[1]), argv[:at] + argv[at + (1 if rest[0] else 2) :]
 
 
 def _usage() -> str:

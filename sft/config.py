@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 class Section(BaseModel):
     """A frozen group of options in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _split_commas(value: Any) -> Any:
@@ -24,6 +24,12 @@ def _as_sources(value: Any) -> Any:
     if not isinstance(entries, list):
         return entries
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _fraction_or_whole(value: float, unit: str) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"must be a fraction below 1 or a whole number of {unit}")
+    return value
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -73,9 +79,7 @@ class PrepConfig(Section):
     @field_validator("heldout")
     @classmethod
     def _whole_rows(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
-            raise ValueError("must be a fraction below 1 or a whole number of rows")
-        return value
+        return _fraction_or_whole(value, "rows")
 
 
 # Training
@@ -147,6 +151,11 @@ class ScheduleSection(Section):
     cycles: PositiveInt = 1
     """Number of equal cosine cycles; cosine_restarts only."""
 
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        return _fraction_or_whole(value, "steps")
+
 
 class CheckpointSection(Section):
     every: PositiveInt = 500
@@ -205,7 +214,7 @@ class ExportConfig(Section):
     run: str
     """Run folder (its newest complete checkpoint), or one checkpoint folder."""
     out: str | None = None
-    """Folder to create; default: <run>/export."""
+    """Folder to create; default: <run>/export, or <run>/export-step-… before the run's end."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the exported weights; auto: the dtype the model was computed in."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0

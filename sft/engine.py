@@ -12,8 +12,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from sft.attention import choose_kernel, register
+from sft.checkpoint import flat_tensors
 from sft.config import RunConfig
 from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
@@ -58,7 +60,8 @@ def read_strategy(name: str) -> dict[str, Any]:
     """A DeepSpeed JSON file, by path or by the name of a shipped one.
 
     Raises:
-        UserError: no such file, not JSON, holds "auto" or a key that the run config owns, or is no ZeRO 1-3.
+        UserError: no such file, not JSON, holds "auto" or a key that the run config owns, or is no ZeRO-2 or ZeRO-3
+            in GPU and host memory.
     """
     path = _find_strategy(name)
     try:
@@ -71,9 +74,12 @@ def read_strategy(name: str) -> dict[str, Any]:
         raise UserError(f"deepspeed {path}: remove {', '.join(owned)}: the run config decides it")
     if autos := sorted(_paths_of_auto(strategy)):
         raise UserError(f'deepspeed {path}: {", ".join(autos)} is "auto"; write the number (see ds_configs/README.md)')
-    stage = strategy.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise UserError(f"deepspeed {path}: zero_optimization.stage is {stage}, must be 1, 2 or 3")
+    zero = strategy.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
+        raise UserError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if (device := (zero.get(part) or {}).get("device", "none")) not in ("none", "cpu"):
+            raise UserError(f"deepspeed {path}: {part}.device '{device}' is not supported; use cpu")
     return strategy
 
 
@@ -83,7 +89,8 @@ def start_distributed() -> torch.device:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
-    if torch.cuda.is_available():
+    # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
+    if get_accelerator().device_name() == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl", timeout=GROUP_TIMEOUT, verbose=False)
@@ -128,6 +135,8 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
 def engine_settings(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> dict[str, Any]:
     """The complete DeepSpeed config. Accumulation is ours, one step() per optimizer step: nothing divides behind us."""
     return {
+        "data_types": {"grad_accum_dtype": "fp32"},  # left out, DeepSpeed would add bf16 gradients up in bf16
+        "communication_data_type": "fp32",
         **strategy,
         "train_micro_batch_size_per_gpu": config.batch.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -152,8 +161,8 @@ def dtype_table(engine: deepspeed.DeepSpeedEngine) -> dict[str, str]:
         "weights (compute)": str(model_dtype),
         "gradient accumulation": str(accumulation),
         "gradient communication": str(engine.communication_data_type),
-        "master weights": "torch.float32",
-        "optimizer": f"{type(engine.optimizer.optimizer).__name__}, states torch.float32",
+        "master weights": str(flat_tensors(engine.optimizer)[0].dtype),
+        "optimizer": type(engine.optimizer.optimizer).__name__,
     }
 
 
@@ -193,4 +202,6 @@ def _find_strategy(name: str) -> Path:
 def _paths_of_auto(value: Any, prefix: str = "") -> list[str]:
     if isinstance(value, dict):
         return [path for key, item in value.items() for path in _paths_of_auto(item, f"{prefix}{key}.")]
+    if isinstance(value, list):
+        return [path for index, item in enumerate(value) for path in _paths_of_auto(item, f"{prefix}{index}.")]
     return [prefix.rstrip(".")] if value == "auto" else []

@@ -24,10 +24,10 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_BAD_INPUT
     except GateFailed as error:
-        print(f"gate failed: {error}", file=sys.stderr)
+        _say(f"gate failed: {error}")
         return EXIT_GATE_FAILED
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -35,3 +35,9 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(line: str) -> None:
+    """Once per host: the ranks of a launcher find the same mistake together."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from sft.checkpoint import newest_complete
+from sft.checkpoint import newest_complete, read_meta
 from sft.config import ExportConfig
 from sft.errors import UserError, run_command
 from sft.hf_folder import export_checkpoint
@@ -16,13 +16,20 @@ from sft.settings import load
 def main(argv: Sequence[str]) -> None:
     """Export the newest complete checkpoint of a run, or the checkpoint that is named."""
     config = load(ExportConfig, argv, prog="sft export", positional="run")
-    checkpoint, run = _find(Path(config.run))
+    checkpoint, run = _find(Path(config.run).resolve())
     base = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["path"]
     if not Path(base).is_dir():
         raise UserError(f"export {run}: its base model folder {base} is gone; config and tokenizer are read from it")
-    out = Path(config.out) if config.out else run / "export"
+    out = Path(config.out) if config.out else run / _default_name(checkpoint)
     export_checkpoint(checkpoint, Path(base), out, config.dtype, config.max_shard_gb)
     print(f"exported {checkpoint} to {out}: loaded back with transformers, every tensor equal")
+
+
+def _default_name(checkpoint: Path) -> str:
+    """export for the end of the run, export-step-… for a checkpoint on the way: never one for the other."""
+    meta = read_meta(checkpoint)
+    finished = meta["step"] >= meta["identity"]["total_steps"]
+    return "export" if finished else f"export-{checkpoint.name}"
 
 
 def _find(given: Path) -> tuple[Path, Path]:

@@ -46,11 +46,21 @@ def export_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "aut
     _copy_tokenizer(base, partial)
     _write_generation_config(base, partial)
     _write_weights(checkpoint, meta["shapes"], partial, torch_dtype, int(max_shard_gb * 1e9))
-    verify(checkpoint, meta["shapes"], partial, torch_dtype)
+    _verify(checkpoint, meta["shapes"], partial, torch_dtype)
     os.replace(partial, out)
 
 
-def verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: torch.dtype) -> None:
+def verify_export(checkpoint: Path, folder: Path) -> None:
+    """Compare a folder that was exported earlier with the checkpoint it should be of, in the folder's own dtype.
+
+    Raises:
+        UserError: it is of another checkpoint, or damaged.
+    """
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    _verify(checkpoint, read_meta(checkpoint)["shapes"], folder, DTYPES[dtype])
+
+
+def _verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: torch.dtype) -> None:
     """Load `folder` with transformers and compare every parameter with the checkpoint.
 
     Raises:
@@ -72,7 +82,7 @@ def verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: 
         raise UserError(f"export {folder}: parameters differ from the checkpoint's, first {differing[0]}")
     for name, tensor in _tensors(checkpoint, shapes, list(shapes), dtype):
         if loaded[name].dtype != dtype or not torch.equal(loaded[name].detach(), tensor):
-            raise UserError(f"export {folder}: {name} loads back different from the checkpoint")
+            raise UserError(f"export {folder}: {name} loads back different from {checkpoint}; remove the folder")
 
 
 def _write_weights(

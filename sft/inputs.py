@@ -1,11 +1,16 @@
 """What a run reads, opened and compared before any process group exists: mistakes show in seconds, once."""
 
+import hashlib
+import importlib.util
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Shards, open_shards
-from sft.config import RunConfig
+from sft.checkpoint import check_identity, newest_complete, read_meta
+from sft.config import RunConfig, TrackSection
 from sft.engine import read_strategy
 from sft.errors import UserError
 from sft.model import check_context, read_model_config
@@ -47,6 +52,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
             f"batch.rows_per_step {rows} is no multiple of {world_size} ranks x micro_batch "
             f"{config.batch.micro_batch} = {per_forward}; use {max(1, round(rows / per_forward)) * per_forward}"
         )
+    _check_trackers(config.track)
     strategy = read_strategy(config.deepspeed)
     model_config = read_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
@@ -71,14 +77,43 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
 
 
 def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
-    """What makes a checkpoint this run's: a resume with any other value would not be the same run."""
+    """What makes a checkpoint this run's: a resume with any other value would not be the same run.
+
+    Ranks, micro-batch, attention kernel, strategy and how often things happen are not in it: they may change.
+    """
+    model = json.dumps(inputs.model_config, sort_keys=True)
     return {
         "data_key": inputs.train.manifest["content_key"],
         "tokenizer": inputs.tokenizer.digest,
+        "model_config": hashlib.sha256(model.encode()).hexdigest(),
         "rows_per_step": config.batch.rows_per_step,
         "data_seed": config.data.seed,
         "total_steps": inputs.total_steps,
+        **{f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()},
+        **{f"schedule.{key}": value for key, value in config.schedule.model_dump(mode="json").items()},
     }
+
+
+def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
+    """The checkpoint that this command goes on from: the newest complete one, which must be this run's.
+
+    Raises:
+        UserError: it belongs to another run, or train.stop_after lies before it.
+    """
+    newest = newest_complete(Path(config.out) / "checkpoints")
+    if newest is None:
+        return None
+    meta = read_meta(newest)
+    check_identity(newest, meta, identity(config, inputs))
+    if meta["step"] > inputs.last_step:
+        raise UserError(f"train.stop_after {inputs.last_step}: the run is at step {meta['step']} already ({newest})")
+    return newest
+
+
+def reached_last_step(config: RunConfig, inputs: RunInputs) -> bool:
+    """Whether the run's newest complete checkpoint is the one that it was started for."""
+    newest = newest_complete(Path(config.out) / "checkpoints")
+    return newest is not None and read_meta(newest)["step"] >= inputs.last_step
 
 
 def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
@@ -125,6 +160,16 @@ def _same_ids(made_with: dict[str, Any], tokenizer: Tokenizer) -> bool:
     ):
         return False
     return all(tokenizer.encode(probe["text"]) == probe["ids"] for probe in made_with["probe"])
+
+
+def _check_trackers(track: TrackSection) -> None:
+    if track.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "track.tensorboard true: tensorboard is not installed; pip install tensorboard, or leave it out"
+        )
+    logged_in = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().is_file()
+    if track.wandb == "online" and not logged_in:
+        raise UserError("track.wandb online: no WANDB_API_KEY in the environment and no ~/.netrc; use offline")
 
 
 def run_folder(config: RunConfig) -> Path:

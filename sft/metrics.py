@@ -1,6 +1,7 @@
 """What a run records: metrics.jsonl and events.jsonl always, the terminal, and trackers on rank 0."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -22,18 +23,22 @@ SECONDS_BETWEEN_LINES = 2.0
 """Without a terminal, at most one step is printed in this time; metrics.jsonl has them all."""
 
 
-def flops_per_token(config: dict[str, Any], num_parameters: int, attention_length: float) -> float:
+def flops_per_token(
+    config: dict[str, Any], num_parameters: int, attention_length: float, label_fraction: float = 1.0
+) -> float:
     """Training FLOPs of one token, forward and backward, without recomputation.
 
-    6 N + 6 L A T: N parameters that multiply (an input embedding only looks up, unless it is tied to the head),
+    6 N + 6 L A T: N parameters that multiply (an input embedding only looks up, unless it is tied to the head; the head
+    runs on supervised positions only, so it counts by their fraction, 1.0 in the published convention),
     L layers, A = heads x head size, T = mean squared document length over mean document length: attention is causal
     and stays inside documents, so the length of the pack would overstate it. Convention of PaLM (Chowdhery et al.
     2022, appendix B), with the attention term halved for causality.
     """
     heads = config["num_attention_heads"]
     width = heads * (config.get("head_dim") or config["hidden_size"] // heads)
-    embedding = 0 if config.get("tie_word_embeddings") else config["vocab_size"] * config["hidden_size"]
-    return 6 * (num_parameters - embedding) + 6 * config["num_hidden_layers"] * width * attention_length
+    table = config["vocab_size"] * config["hidden_size"]
+    idle = (0 if config.get("tie_word_embeddings") else table) + table * (1 - label_fraction)
+    return 6 * (num_parameters - idle) + 6 * config["num_hidden_layers"] * width * attention_length
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -108,14 +113,14 @@ class Recorder:
         """Drop metrics of steps that a resume will run again, so that each step has one line."""
         path = self._out / "metrics.jsonl"
         if self._is_writer and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             temporary = path.with_suffix(".partial")
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, path)
 
     def _append(self, file: str, value: dict[str, Any]) -> None:
         with (self._out / file).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(value) + "\n")
+            stream.write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
     def _start_trackers(self, config: RunConfig) -> None:
         if config.track.wandb != "off":
@@ -135,7 +140,24 @@ class Recorder:
             self._tensorboard = SummaryWriter(str(self._out / "tensorboard"))
 
 
+def _step_of(line: str) -> float:
+    """Step of a line of metrics.jsonl; beyond all steps for a line that a crash cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _status_line(values: dict[str, Any]) -> str:
+    if values["loss"] is None:
+        return "no labels in this step, nothing done"
     parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad norm {values['grad_norm']:.3f}"]
     parts += [f"{values['tokens_per_s']:,.0f} tokens/s"]
     if values["mfu"] is not None:

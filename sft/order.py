@@ -7,6 +7,7 @@ which weigh nothing, so that every rank runs the same number of forwards. Nothin
 checkpoint: the step says it all.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -17,15 +18,18 @@ FILLER = -1
 Rows = npt.NDArray[np.int64]
 
 
+@functools.lru_cache(maxsize=2)
 def order(seed: int, epoch: int, num_packs: int) -> Rows:
     """The permutation of pack indices of one epoch.
 
     numpy guarantees the stream of RandomState for ever (NEP 19), not that of Generator: a run
-    resumed under a newer numpy must see the same order.
+    resumed under a newer numpy must see the same order. The array is shared and read-only.
     """
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     words = np.frombuffer(digest, dtype=np.uint32)
-    return np.random.RandomState(words).permutation(num_packs).astype(np.int64)
+    rows = np.random.RandomState(words).permutation(num_packs).astype(np.int64)
+    rows.flags.writeable = False
+    return rows
 
 
 def steps_per_epoch(num_packs: int, rows_per_step: int) -> int:

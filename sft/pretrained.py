@@ -13,7 +13,10 @@ from sft.errors import UserError
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it natively, else fp32: emulated bf16 products are many times slower."""
     if wanted == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if native else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
@@ -39,6 +42,8 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
             use_safetensors=True,
             output_loading_info=True,
         )
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # the machine's fault, not the folder's
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     model, info = loaded

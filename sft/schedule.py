@@ -8,7 +8,7 @@ from sft.config import ScheduleSection
 def warmup_steps(schedule: ScheduleSection, total_steps: int) -> int:
     """Steps of linear warm-up: a fraction of the run below 1, else a number of steps."""
     if schedule.warmup < 1:
-        return math.ceil(schedule.warmup * total_steps)
+        return math.ceil(schedule.warmup * total_steps - 1e-9)  # 0.07 of 100 is 7.000000000000001 in binary
     return int(schedule.warmup)
 
 

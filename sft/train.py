@@ -23,10 +23,10 @@ from sft.engine import (
     dtype_table,
     start_distributed,
 )
-from sft.errors import run_command
+from sft.errors import UserError, run_command
 from sft.guard import SkipCounter, prove_isolation
-from sft.hf_folder import export_checkpoint
-from sft.inputs import RunInputs, batch_arithmetic, identity, open_inputs, run_folder
+from sft.hf_folder import export_checkpoint, verify_export
+from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
 from sft.metrics import Recorder, flops_per_token, peak_flops
 from sft.settings import load, to_yaml
 
@@ -38,30 +38,31 @@ def main(argv: Sequence[str]) -> None:
     out = run_folder(config)
     device = start_distributed()
     is_writer = dist.get_rank() == 0
-    finished = is_finished(out, inputs)
+    newest = agree(find_resume(config, inputs))
+    finished = newest is not None and steps_of(newest) == inputs.total_steps
     if not finished:
         numerics = choose_numerics(config, device, inputs.model_config["model_type"])
-        if is_writer:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        dist.barrier()
+        write_config(config, out)
         with Recorder(config, out, is_writer, inputs.total_steps) as recorder:
-            train(config, inputs, numerics, out, recorder)
+            train(config, inputs, numerics, out, recorder, newest)
     dist.destroy_process_group()  # what follows is rank 0's alone: nobody waits for it in a collective
     if is_writer:
         finish(config, inputs, out, already=finished)
 
 
-def train(config: RunConfig, inputs: RunInputs, numerics: Numerics, out: Path, recorder: Recorder) -> None:
-    """From the base model to the last checkpoint."""
+def train(
+    config: RunConfig, inputs: RunInputs, numerics: Numerics, out: Path, recorder: Recorder, newest: Path | None
+) -> None:
+    """From the base model, or the checkpoint `newest`, to the last checkpoint."""
     engine = build_engine(config, inputs.strategy, numerics)
     run = Run(config, inputs, numerics, engine, out, recorder, training_flops_per_token(engine, inputs))
     announce(run)
     recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
     skips = SkipCounter()
-    for step in range(resume(run), inputs.last_step):
+    for step in range(start_from(run, newest), inputs.last_step):
         metrics = train_step(run, step)
-        skips.update(metrics["applied"], step + 1)
+        if metrics["label_tokens"]:
+            skips.update(metrics["applied"], step + 1)
         done = step + 1
         saving = done == inputs.last_step or done % config.checkpoint.every == 0
         if inputs.heldout is not None and (saving or done % config.eval.every == 0):
@@ -106,7 +107,7 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
         group["lr"] = lr
     if labels == 0:  # nothing to learn from: without this, decay and momentum would still move the weights
         run.recorder.event("skip", step + 1, reason="no labels in this step")
-        return step_metrics(run, step, 0.0, 0.0, lr, tokens, labels, started, applied=True)
+        return step_metrics(run, step, None, None, lr, tokens, labels, started, applied=False)
     scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.numerics.device)
     engine.train()
@@ -124,9 +125,18 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
 
 
 def step_metrics(
-    run: Run, step: int, loss: float, norm: float, lr: float, tokens: int, labels: int, started: float, *, applied: bool
+    run: Run,
+    step: int,
+    loss: float | None,
+    norm: float | None,
+    lr: float,
+    tokens: int,
+    labels: int,
+    started: float,
+    *,
+    applied: bool,
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl; what is logged is what was optimised."""
+    """The line of metrics.jsonl; what is logged is what was optimised, None where nothing was."""
     step_time_s = time.perf_counter() - started
     tokens_per_s = tokens / step_time_s
     peak = peak_flops(run.numerics.device)
@@ -160,21 +170,48 @@ def heldout_loss(run: Run, shards: Shards) -> float:
     return total.item() / batch.num_labels(shards, rows)
 
 
-def resume(run: Run) -> int:
-    """Load the newest complete checkpoint, if there is one; returns the number of steps already taken."""
-    newest = checkpoint.newest_complete(run.checkpoints)
+def agree(newest: Path | None) -> Path | None:
+    """Rank 0's answer on every rank: on a network file system the others may see an older folder."""
+    answer = [str(newest) if newest else None]
+    dist.broadcast_object_list(answer)
+    return Path(answer[0]) if answer[0] else None
+
+
+def write_config(config: RunConfig, out: Path) -> None:
+    """Save the resolved options, and see that every rank finds them: `out` must be one folder for all.
+
+    Raises:
+        UserError: this rank's host does not see rank 0's file.
+    """
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    dist.barrier()
+    if not (out / "config.yaml").is_file():
+        host = os.uname().nodename
+        raise UserError(
+            f"--out {out}: {host} does not see what rank 0 wrote there; choose a file system that all share"
+        )
+
+
+def start_from(run: Run, newest: Path | None) -> int:
+    """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
     for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
         run.recorder.say(f"not complete, left alone: {torn}")
-    if newest is None:
-        run.recorder.event("start", 0, world_size=run.inputs.world_size, identity=identity(run.config, run.inputs))
-        return 0
-    meta = checkpoint.read_meta(newest)
-    checkpoint.check_identity(newest, meta, identity(run.config, run.inputs))
-    checkpoint.load(run.engine, newest)
-    run.recorder.forget_after(meta["step"])
-    run.recorder.event("resume", meta["step"], checkpoint=str(newest), world_size=run.inputs.world_size)
-    run.recorder.say(f"resumed from {newest}")
-    return meta["step"]
+    step = 0
+    if newest is not None:
+        step = steps_of(newest)
+        checkpoint.load(run.engine, newest)
+        run.recorder.say(f"resumed from {newest}")
+    run.recorder.forget_after(step)
+    facts = {"checkpoint": str(newest)} if newest else {"identity": identity(run.config, run.inputs)}
+    run.recorder.event("resume" if newest else "start", step, world_size=run.inputs.world_size, **facts)
+    return step
+
+
+def steps_of(saved: Path) -> int:
+    """Optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.read_meta(saved)["step"])
 
 
 def save(run: Run, step: int, heldout: float | None) -> None:
@@ -199,24 +236,19 @@ def announce(run: Run) -> None:
         run.recorder.say(line)
 
 
-def is_finished(out: Path, inputs: RunInputs) -> bool:
-    """Whether the run's last checkpoint is there."""
-    newest = checkpoint.newest_complete(out / "checkpoints")
-    return newest is not None and checkpoint.read_meta(newest)["step"] >= inputs.total_steps
-
-
 def finish(config: RunConfig, inputs: RunInputs, out: Path, *, already: bool) -> None:
     """Export a finished run, once, and say where it is."""
     if already:
         print(f"{out}: this run is finished ({inputs.total_steps} steps); nothing to train")
-    elif not is_finished(out, inputs):
+    elif inputs.last_step < inputs.total_steps:
         print(f"{out}: stopped after step {inputs.last_step} of {inputs.total_steps} as asked; run again to go on")
         return
+    last = checkpoint.step_folder(out / "checkpoints", inputs.total_steps)
     export = out / "export"
-    if not export.exists():
-        newest = checkpoint.newest_complete(out / "checkpoints")
-        assert newest is not None
-        export_checkpoint(newest, Path(config.model.path), export)
+    if export.exists():
+        verify_export(last, export)
+    else:
+        export_checkpoint(last, Path(config.model.path), export)
     print(f"model: {export} (loaded back with transformers, every tensor equal to the checkpoint)")
 
 
@@ -229,7 +261,9 @@ def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
     """FLOPs of one token on this data: attention is charged for the real document lengths."""
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))]).astype(float)
-    return flops_per_token(inputs.model_config, num_parameters, float((sample**2).sum() / sample.sum()))
+    totals = inputs.train.manifest["totals"]
+    attention_length = float((sample**2).sum() / sample.sum())
+    return flops_per_token(inputs.model_config, num_parameters, attention_length, totals["labels"] / totals["tokens"])
 
 
 if __name__ == "__main__":

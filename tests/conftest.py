@@ -1,30 +1,17 @@
-"""One tiny model and one prepared data set per session; no test may reach the network."""
+"""One tiny model and one prepared data set per session; no test may reach the network (tests/offline)."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.offline import sitecustomize  # noqa: F401 (blocks sockets in this process, too)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sockets may only connect to this host."""
-    connect = socket.socket.connect
-
-    def local_only(self: socket.socket, address: object) -> None:
-        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            raise AssertionError(f"a test tried to connect to {address}")
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from tests.dist.training import largest_difference, metrics, train, weights
@@ -96,11 +98,61 @@ def test_another_runs_checkpoint_is_refused(parts, tmp_path, base_model, prepare
     out = tmp_path / "run"
     shutil.copytree(parts, out)
     shutil.rmtree(out / "checkpoints" / "step-00000006")
-    options = {**OPTIONS, "batch__rows_per_step": 4}
+    config = (out / "config.yaml").read_text()
+    options = {**OPTIONS, "batch__rows_per_step": 4, "optim__lr": 0.5}
     done = train(out, base_model, prepared, strategy, 1, expect=2, **options)
     assert "belongs to another run" in done.stderr
     assert "rows_per_step: was 8, now 4" in done.stderr
+    assert "optim.lr: was 0.01, now 0.5" in done.stderr
     assert "Traceback" not in done.stderr
+    assert (out / "config.yaml").read_text() == config, "a refused resume changes nothing"
+
+
+def test_control_lost_moments_are_noticed(whole, parts, tmp_path, base_model, prepared, strategy):
+    """With the moments zeroed in an otherwise whole checkpoint, the steps after it come out different."""
+    out = tmp_path / "run"
+    shutil.copytree(parts, out)
+    shutil.rmtree(out / "export")
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    for file in (out / "checkpoints" / "step-00000004").glob("rank-*"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = {key: value * ("fp32" in key) for key, value in load_file(file).items()}
+        save_file(tensors, file, metadata=metadata)
+    train(out, base_model, prepared, strategy, 2, data__heldout=prepared / "heldout", **OPTIONS)
+    lost, kept = metrics(out)[-1]["loss"], metrics(whole)[-1]["loss"]
+    assert abs(lost - kept) / kept > 1e-4
+    assert largest_difference(weights(out), weights(whole)) > 1e-4
+
+
+def test_an_export_on_the_way_is_not_taken_for_the_end(tmp_path, base_model, prepared, strategy):
+    from sft.export import main as export
+
+    out = tmp_path / "run"
+    options = {"train__max_steps": 2}
+    train(out, base_model, prepared, strategy, 1, train__stop_after=1, **options)
+    export([str(out)])
+    assert (out / "export-step-00000001").is_dir()
+    assert not (out / "export").exists()
+    shutil.copytree(out / "export-step-00000001", out / "export")
+    done = train(out, base_model, prepared, strategy, 1, expect=2, **options)
+    assert "loads back different" in done.stderr
+    shutil.rmtree(out / "export")
+    assert "finished" in train(out, base_model, prepared, strategy, 1, **options).stdout
+    assert (out / "export").is_dir()
+    refused = train(out, base_model, prepared, strategy, 1, expect=2, train__stop_after=1, **options)
+    assert "the run is at step 2 already" in refused.stderr
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, base_model, prepared, strategy):
+    from sft.checkpoint import _check_shapes
+    from sft.errors import UserError
+
+    with pytest.raises(UserError, match=r"shape of a is \[2\] there, \[3\] here"):
+        _check_shapes(tmp_path, {"a": [2]}, {"a": [3]})
+    with pytest.raises(UserError, match="shape of b is None there"):
+        _check_shapes(tmp_path, {"a": [2]}, {"a": [2], "b": [1]})
+    _check_shapes(tmp_path, {"a": [2]}, {"a": [2]})
 
 
 def test_the_marker_lists_every_file(whole):

@@ -17,7 +17,7 @@ from tests import tiny
 
 SETTINGS = {
     "batch.rows_per_step": 8,
-    "train.max_steps": 3,
+    "train.max_steps": 4,
     "optim.lr": 0.01,
     "optim.grad_clip": 1.0,
     "schedule.warmup": 0,
@@ -46,7 +46,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(out / "export").named_parameters())
 
 
-def reference(model_path: Path, data: Path, steps: int = 3, rows_per_step: int = 8, mean_of_means: bool = False):
+def reference(model_path: Path, data: Path, steps: int = 4, rows_per_step: int = 8, mean_of_means: bool = False):
     """Plain single-process AdamW, one document at a time, in a loop that shares nothing with ours but order and lr.
 
     With `mean_of_means` the loss is averaged per row and then over rows, as several trainers do: the negative control.

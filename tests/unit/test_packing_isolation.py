@@ -84,7 +84,7 @@ def test_a_forward_without_layout_is_an_error(base_model):
 def test_the_probe_passes_and_names_its_control(base_model):
     line = prove_isolation(load(base_model, checkpointing=True).eval(), 259, CPU)
     assert "packed against alone" in line
-    assert "control" in line
+    assert "without boundary" in line
 
 
 def test_the_probe_refuses_a_leaking_kernel(base_model, monkeypatch):

@@ -1,4 +1,7 @@
-"""The README's commands parse, its links and files exist, its outputs are whole. Run: pytest tests/unit/test_readme.py"""
+"""The README's commands parse, its links and files exist, its outputs are whole.
+
+Run: pytest tests/unit/test_readme.py
+"""
 
 import re
 import shlex
@@ -6,7 +9,7 @@ import shlex
 import pytest
 
 from sft import config
-from sft.cli import COMMANDS, _take_ranks
+from sft.cli import COMMANDS, take_ranks
 from sft.errors import UserError
 from sft.settings import load
 from tests.tiny import REPO
@@ -36,9 +39,11 @@ def sft_commands():
 def parse(line):
     """Exit of `--print-config`: the options are complete and valid."""
     _, command, *arguments = shlex.split(line)
-    _, arguments = _take_ranks(arguments)
+    _, arguments = take_ranks(arguments)
     with pytest.raises(SystemExit) as left:
-        load(OPTIONS[command], [*arguments, "--print-config"], prog=f"sft {command}", positional=POSITIONAL.get(command))
+        load(
+            OPTIONS[command], [*arguments, "--print-config"], prog=f"sft {command}", positional=POSITIONAL.get(command)
+        )
     return left.value.code
 
 

@@ -20,6 +20,9 @@ def test_warmup_below_one_is_a_fraction():
     assert warmup_steps(ScheduleSection(warmup=0.03), 100) == 3
     assert warmup_steps(ScheduleSection(warmup=0.03), 10) == 1
     assert warmup_steps(ScheduleSection(warmup=7), 100) == 7
+    assert warmup_steps(ScheduleSection(warmup=0.07), 100) == 7
+    with pytest.raises(ValueError, match="whole number of steps"):
+        ScheduleSection(warmup=1.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""FLOPs by hand, and the files that a run writes. Run: pytest tests/unit/test_metrics.py"""
+
+import json
+
+import pytest
+import torch
+
+from sft.config import DataSection, ModelSection, RunConfig, TrackSection
+from sft.guard import MAX_SKIPPED_IN_A_ROW, SkipCounter
+from sft.metrics import Recorder, flops_per_token, peak_flops
+
+CONFIG = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
+
+
+def test_flops_per_token():
+    # 6 x (5000 - 100 x 32) + 6 x 2 layers x 32 wide x 10 long
+    assert flops_per_token(CONFIG, 5000, 10.0) == 6 * 1800 + 6 * 2 * 32 * 10
+    assert flops_per_token({**CONFIG, "tie_word_embeddings": True}, 5000, 0) == 6 * 5000
+    assert flops_per_token({**CONFIG, "head_dim": 16}, 3200, 1) == 6 * 2 * 64
+    # the head (100 x 32) runs on a quarter of the positions
+    assert flops_per_token(CONFIG, 10000, 0, label_fraction=0.25) == 6 * (10000 - 3200 - 2400)
+
+
+def test_published_figure_is_reproduced():
+    """torchtitan: Llama-3.1-8B at 8192, 6,667 tokens/s on an H100 is 39 % MFU by PaLM's rule, 34.7 % causal."""
+    llama = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256}
+    flops = flops_per_token(llama, 8_030_261_248, 8192)
+    assert 6667 * flops / 989e12 == pytest.approx(0.347, abs=0.001)
+
+
+def test_no_peak_is_claimed_for_a_cpu():
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def recorder(out, is_writer=True):
+    track = TrackSection(wandb="off")
+    config = RunConfig(model=ModelSection(path="m"), data=DataSection(train="d"), track=track, out=str(out))
+    return Recorder(config, out, is_writer, total_steps=3)
+
+
+def line(step):
+    return {"step": step, "loss": 1.0, "lr": 1e-5, "grad_norm": 1.0, "tokens_per_s": 10.0, "mfu": None}
+
+
+def steps_of(path):
+    return [json.loads(text)["step"] for text in path.read_text().splitlines()]
+
+
+def test_resume_forgets_what_will_run_again(tmp_path):
+    with recorder(tmp_path) as record:
+        for step in (1, 2, 3):
+            record.metrics(line(step))
+        record.forget_after(2)
+        record.metrics(line(3))
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_only_the_writer_writes(tmp_path):
+    with recorder(tmp_path, is_writer=False) as record:
+        record.metrics(line(1))
+        record.event("start", 0)
+        record.forget_after(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
+    with recorder(tmp_path) as record:
+        record.metrics(line(1))
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "lo')
+        record.forget_after(5)
+    assert steps_of(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    with recorder(tmp_path) as record:
+        record.metrics({**line(1), "loss": float("nan"), "grad_norm": float("inf")})
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert written["loss"] is None
+    assert written["grad_norm"] is None
+
+
+def test_events_have_a_time_and_their_facts(tmp_path):
+    with recorder(tmp_path) as record:
+        record.event("skip", 2, doc_ids=[4, 5])
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert event.pop("time") > 0
+    assert event == {"event": "skip", "step": 2, "doc_ids": [4, 5]}
+
+
+def test_skips_are_bounded_and_a_good_step_resets_them():
+    skips = SkipCounter()
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        skips.update(False, step)
+    skips.update(True, 5)
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        skips.update(False, step)
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        skips.update(False, 9)
