@@ -29,6 +29,7 @@ sys.path.insert(0, str(REPO))
 from data_prep.pack import pack  # noqa: E402
 from data_prep.shards import Documents, open_shards, write_shards  # noqa: E402
 from sft.ports import free_port  # noqa: E402
+from sft.pretrained import quiet_libraries  # noqa: E402
 from sft.tokenizer import load_tokenizer  # noqa: E402
 from tests.tiny import make_tokenizer  # noqa: E402
 
@@ -43,6 +44,7 @@ WARMUP_STEPS = 2
 def main() -> None:
     """Print one table: ours, the peer's, the ratio."""
     gpu = torch.cuda.is_available()
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="1b,3b" if gpu else "20m", help="of " + ", ".join(SHAPES))
     parser.add_argument("--seq-len", type=int, default=4096 if gpu else 1024)

@@ -97,3 +97,14 @@ def test_skips_are_bounded_and_a_good_step_resets_them():
         skips.update(False, step)
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         skips.update(False, 9)
+
+
+def test_wandb_offline_writes_beside_the_run_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    config = RunConfig(model=ModelSection(path="m"), data=DataSection(train="d"), out=str(tmp_path))
+    with Recorder(config, tmp_path, True, total_steps=1) as record:
+        record.metrics(line(1))
+    written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 1
+    assert written[0].stat().st_size > 100
+    assert b"x" * 40 not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
