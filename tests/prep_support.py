@@ -11,33 +11,7 @@ import pytest
 from data_prep import build
 from data_prep.shards import Shards, open_shards
 from sft.errors import run_command
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-BOS, EOS, FIRST_BYTE = 1, 2, 3
-
-
-def byte_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
-    """Ids are byte + 3 (after <unk>, <s>, </s>), so that expected ids can be written by hand; merges come after."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    specials = ["<unk>", "<s>", "</s>"]
-    alphabet = _byte_alphabet()
-    vocab = {token: index for index, token in enumerate([*specials, *alphabet, *("".join(pair) for pair in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+from tests.tiny import FIRST_BYTE
 
 
 def sentencepiece_tokenizer(folder: Path) -> Path:
@@ -142,10 +116,3 @@ def documents(shards: Shards) -> list[tuple[int, list[int], list[int]]]:
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def _byte_alphabet() -> list[str]:
-    """ByteLevel's printable stand-in of each byte, in byte order (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(shifted)) for byte in range(256)]

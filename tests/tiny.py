@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,21 @@ RELEASE_AT_ONCE = {
 }
 
 
-def make_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer of 3 special tokens and 256 bytes: ids are byte + 3, so literals can be checked by eye."""
+BOS, EOS, FIRST_BYTE = 1, 2, 3
+
+
+def make_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
+    """Ids are byte + 3 (after <unk>, <s>, </s>), so that expected ids can be written by hand; merges come after."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     specials = ["<unk>", "<s>", "</s>"]
-    vocab = {token: index for index, token in enumerate([*specials, *_byte_tokens()])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    pieces = [*specials, *_byte_tokens(), *("".join(pair) for pair in merges)]
+    vocab = {token: index for index, token in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

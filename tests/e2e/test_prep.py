@@ -9,7 +9,8 @@ import pytest
 
 from data_prep.shards import open_shards, verify_digests
 from data_prep.template import alpaca_prompt
-from tests.prep_support import SHARED, alpaca_rows, byte_tokenizer, documents, flags, prepare, write_json
+from tests.prep_support import alpaca_rows, documents, flags, prepare, write_json
+from tests.tiny import SHARED, make_tokenizer
 
 pytestmark = pytest.mark.e2e
 
@@ -19,7 +20,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_prep_then_show_then_a_mistake(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
     config = tmp_path / "prep.yaml"
     source = write_json(tmp_path / "rows.json", alpaca_rows(300))
     config.write_text(
@@ -75,7 +76,7 @@ def test_real_rows_have_sentencepiece_ids_and_exact_labels(tmp_path: Path) -> No
 
 
 def test_flags_and_file_give_the_same_key(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
     source = write_json(tmp_path / "rows.json", alpaca_rows(20))
     given = flags(sources=source, tokenizer=tokenizer, seq_len=700)
     one = run("data_prep", *given, "--out", str(tmp_path / "one"))

@@ -17,11 +17,8 @@ from sft.config import PrepConfig
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import (
-    BOS,
-    EOS,
     alpaca_rows,
     byte_ids,
-    byte_tokenizer,
     documents,
     file_bytes,
     flags,
@@ -30,11 +27,12 @@ from tests.prep_support import (
     write_json,
     write_jsonl,
 )
+from tests.tiny import BOS, EOS, make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
@@ -243,7 +241,7 @@ def test_the_content_key_changes_with_what_changes_bytes(
     for change in ({"format": "text"}, {"weight": 2.0}, {"name": "other"}):
         keys.append(key_of(**{**base, "sources": [{"path": str(source), **change}]}))
     keys.append(key_of(**{**base, "sources": f"{source},{moved}"}))
-    other = byte_tokenizer(tmp_path / "other", merges=[("a", "b")])
+    other = make_tokenizer(tmp_path / "other", merges=[("a", "b")])
     keys.append(key_of(**{**base, "tokenizer": str(other)}))
     moved.write_text(moved.read_text().replace("Task 1", "Task !"))
     keys.append(key_of(**{**base, "sources": str(moved)}))

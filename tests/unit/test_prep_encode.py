@@ -21,7 +21,8 @@ from data_prep.filters import special_token_reason, text_reason
 from data_prep.formats import Example
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_tokenizer
-from tests.prep_support import BOS, EOS, byte_ids, byte_tokenizer, sentencepiece_tokenizer
+from tests.prep_support import byte_ids, sentencepiece_tokenizer
+from tests.tiny import BOS, EOS, make_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 AWKWARD = [
@@ -42,13 +43,13 @@ AWKWARD = [
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 @pytest.fixture(scope="module")
 def merging(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Merges the prompt's last line break with an x or a line break that follows it."""
-    return load_tokenizer(byte_tokenizer(tmp_path_factory.mktemp("merges"), merges=[("Ċ", "Ċ"), ("Ċ", "x")]))
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("merges"), merges=[("Ċ", "Ċ"), ("Ċ", "x")]))
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_special_token_text_is_named(byte_level: Tokenizer) -> None:
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
-    folder = byte_tokenizer(tmp_path / "bytes")
+    folder = make_tokenizer(tmp_path / "bytes")
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"eos_token": "</s>", ', ""))
     with pytest.raises(UserError, match="no EOS token"):

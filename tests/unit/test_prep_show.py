@@ -6,7 +6,8 @@ import pytest
 
 from data_prep import show
 from sft.tokenizer import load_tokenizer
-from tests.prep_support import byte_tokenizer, flags, prepare, refused, sentencepiece_tokenizer, write_json
+from tests.prep_support import flags, prepare, refused, sentencepiece_tokenizer, write_json
+from tests.tiny import make_tokenizer
 
 ROWS = [
     {"instruction": "Sing.", "input": "", "output": " la [bold]é[/bold]"},
@@ -16,7 +17,7 @@ ROWS = [
 
 @pytest.fixture(params=["bytes", "pieces"])
 def out(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    make = byte_tokenizer if request.param == "bytes" else sentencepiece_tokenizer
+    make = make_tokenizer if request.param == "bytes" else sentencepiece_tokenizer
     tokenizer = make(tmp_path / "tokenizer")
     prepare(tmp_path / "out", sources=write_json(tmp_path / "a.json", ROWS), tokenizer=tokenizer)
     return tmp_path / "out"
@@ -46,7 +47,7 @@ def test_colours_on_a_terminal(out: Path) -> None:
 def test_bad_requests_are_refused(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has 1 packs" in refused(capsys, show.main, [str(out), *flags(start=1)])
     assert "no such folder" in refused(capsys, show.main, [str(tmp_path / "none")])
-    other = byte_tokenizer(tmp_path / "other", merges=[("a", "b")])
+    other = make_tokenizer(tmp_path / "other", merges=[("a", "b")])
     assert "not the one these shards" in refused(capsys, show.main, [str(out), *flags(tokenizer=other)])
     (out / "train" / "manifest.json").unlink()
     assert "no manifest.json" in refused(capsys, show.main, [str(out)])
