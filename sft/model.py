@@ -34,7 +34,7 @@ class PackedCausalLM(nn.Module):
         ).last_hidden_state[0]
         if return_hidden:
             return hidden_TE
-        return self.hf.lm_head(hidden_TE[batch.predict_N], batch.targets_N)
+        return self.hf.lm_head(hidden_TE.index_select(0, batch.predict_N), batch.targets_N)
 
 
 def read_model_config(folder: str) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""What stands beside exported weights. Run: pytest tests/unit/test_hf_folder.py"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from sft.errors import UserError
+from sft.hf_folder import _plan_files, _write_config, _write_generation_config, export_checkpoint
+from sft.inputs import _same_ids
+from sft.tokenizer import load_tokenizer
+
+
+def generation(tmp_path, base_model, settings):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(base_model, base)
+    out.mkdir()
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if settings is not None:
+        (base / "generation_config.json").write_text(json.dumps(settings))
+    _write_generation_config(base, out)
+    GenerationConfig.from_pretrained(out).validate(strict=True)
+    return json.loads((out / "generation_config.json").read_text())
+
+
+def test_llama2s_sampling_values_do_not_lose_the_run(tmp_path, base_model):
+    """temperature and top_p without do_sample: transformers refuses to save that."""
+    written = generation(
+        tmp_path, base_model, {"temperature": 0.6, "top_p": 0.9, "max_length": 4096, "eos_token_id": 2}
+    )
+    assert "temperature" not in written
+    assert written["max_length"] == 4096
+    assert written["eos_token_id"] == 2
+
+
+def test_sampling_values_stay_where_they_are_used(tmp_path, base_model):
+    written = generation(tmp_path, base_model, {"temperature": 0.6, "do_sample": True})
+    assert written["temperature"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, 2), ({}, 2), ({"eos_token_id": 7}, [2, 7]), ({"eos_token_id": [7, 2]}, [2, 7])]
+)
+def test_the_trained_stop_token_comes_first(tmp_path, base_model, before, after):
+    assert generation(tmp_path, base_model, before)["eos_token_id"] == after
+
+
+def test_config_names_the_dtype_once(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"torch_dtype": "float16", "hidden_size": 4}))
+    _write_config(tmp_path / "base", tmp_path, torch.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16", "hidden_size": 4}
+
+
+def test_files_are_filled_up_to_the_limit_in_order():
+    shapes = {"a": [4], "b": [4], "c": [100], "d": [2], "e": [2]}
+    assert _plan_files(shapes, itemsize=2, max_bytes=16) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_an_existing_folder_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists"):
+        export_checkpoint(tmp_path / "step-00000001", tmp_path, tmp_path / "out")
+
+
+def test_a_tokenizer_with_other_bytes_but_equal_ids_is_the_same(base_model):
+    tokenizer = load_tokenizer(base_model)
+    made_with = {"vocab_size": 259, "bos_id": 1, "eos_id": 2, "probe": [{"text": "ab", "ids": [100, 101]}]}
+    assert _same_ids(made_with, tokenizer)
+    assert not _same_ids({**made_with, "probe": [{"text": "ab", "ids": [101, 100]}]}, tokenizer)
+    assert not _same_ids({**made_with, "bos_id": None}, tokenizer)
