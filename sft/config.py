@@ -46,7 +46,7 @@ class Source(Section):
     """Name in the report and the manifest; default: the file's stem."""
     format: Literal["alpaca", "text"] = "alpaca"
     """alpaca: instruction, input, output (the output is supervised); text: one field `text`, all of it supervised."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each row is used: 2.0 = twice, 0.25 = a seeded quarter of the rows."""
 
 
@@ -57,7 +57,7 @@ class PrepConfig(Section):
     """Folder with tokenizer.json and/or tokenizer.model: the model's own tokenizer."""
     template: Literal["alpaca"] = "alpaca"
     """Prompt template of instruction rows; rows of format text take none."""
-    seq_len: Annotated[int, Field(ge=8)] = 4096
+    seq_len: Annotated[int, Field(ge=8, le=2**24)] = 4096
     """Tokens per pack at most; the model's context length is a good choice."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
     """A row longer than seq_len: dropped and counted; cut, its last token still a stop token; or an error."""
@@ -287,5 +287,5 @@ class ShowConfig(Section):
 class DemoConfig(Section):
     out: str = "runs/demo"
     """Folder for everything the demonstration makes."""
-    ranks: PositiveInt = 2
-    """CPU ranks of the ZeRO-3 fine-tuning."""
+    ranks: Annotated[int, Field(ge=1, le=2)] = 2
+    """CPU ranks of the ZeRO-3 training, 1 or 2: its steps have 6 and 8 rows."""

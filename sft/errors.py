@@ -5,10 +5,12 @@ Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's i
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 EXIT_GATE_FAILED = 3
+OTHER_RANKS_WAIT_S = 5
 
 
 class UserError(Exception):
@@ -31,6 +33,11 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         return EXIT_GATE_FAILED
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        _say(f"error: {shorten(str(error.filename))}: {error.strerror}; check the path, its permissions and the disk")
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -38,6 +45,15 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
 
 
 def _say(line: str) -> None:
-    """Once per host: the ranks of a launcher find the same mistake together."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    """Plainly from a host's first rank. The others mostly find the same mistake: they name themselves, after a pause
+    in which a launcher that has seen the first one end will have ended them."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT_S)
+        line = f"[rank {rank} on {os.uname().nodename}] {line}"
+    print(line, file=sys.stderr)
+
+
+def shorten(text: str, limit: int = 120) -> str:
+    """`text`, or its beginning and end where it is long."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

@@ -29,10 +29,13 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     if not list(Path(folder).glob("*.safetensors")):
         raise UserError(f"model {folder}: holds no *.safetensors weights; convert other formats to safetensors first")
     quiet_libraries()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -40,15 +43,23 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below by name; transformers would print a table
             output_loading_info=True,
         )
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise  # the machine's fault, not the folder's
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     model, info = loaded
-    if wrong := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
-        raise UserError(f"model {folder}: its weights lack {len(wrong)} tensors of the architecture, first {wrong[0]}")
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model {folder}: its weights lack {len(missing)} tensors of the architecture, first {missing[0]}"
+        )
+    if mismatched := sorted(map(tuple, info["mismatched_keys"])):
+        name, stored, wanted = mismatched[0]
+        raise UserError(f"model {folder}: {name} is {list(stored)} in the weights and {list(wanted)} by config.json")
     return model
 
 

@@ -17,6 +17,8 @@ from pydantic.fields import FieldInfo
 from sft.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises: its own errors, those of values it converts (a date of month 13), and on very deep nesting."""
 SECRET_ENV = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -63,6 +65,8 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str
     for name, text in given.items():
         problem = _set_dotted(values, name, _parse_value(text, dict(walk_options(model))[name]))
         problems += [problem] if problem else []
+    if "\\u0000" in json.dumps(values, default=str):
+        problems += ["a value holds a NUL character, which no path and no name can have"]
     try:
         config = model.model_validate(values)
     except ValidationError as error:
@@ -143,8 +147,8 @@ def _parse_value(text: str, field: FieldInfo) -> Any:
     if field.annotation is str or is_choice or (str in options and text not in ("null", "none", "~")):
         return text
     try:
-        return yaml.load(text, _Yaml)
-    except yaml.YAMLError:
+        return yaml.load(text, _Yaml) if text else text
+    except YAML_ERRORS:
         return text
 
 
@@ -155,7 +159,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         where = " ".join(str(error).split())
         raise UserError(f"--config {path}: not valid YAML: {where}") from None
     if values is None:

@@ -6,6 +6,7 @@ Every step is the command that a user would type, and it is printed. The models 
 measure memory of the invented corpus, nothing else (see sft.demo.world).
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -48,14 +49,15 @@ def main(argv: Sequence[str]) -> None:
     _write_random_model(out / "base-init")
 
     chapter("2. A tiny base model reads the corpus")
-    corpus = f"[{{path: {out}/world/corpus.jsonl, format: text}}]"
+    corpus = json.dumps([{"path": f"{out}/world/corpus.jsonl", "format": "text"}])
     _prepare(corpus, out / "base-init", out / "corpus-packs")
     reading = _settings(world.BASE_ROWS_PER_STEP, world.BASE_STEPS, world.BASE_LR, world.BASE_WARMUP_STEPS)
     _train(out / "base-init", out / "corpus-packs", out / "base-run", reading, config.ranks)
 
     chapter("3. Fine-tuning under ZeRO-3: say what kind of thing a word names")
     base, tuned = out / "base-run" / "export", out / "tuned-run" / "export"
-    _prepare(str(out / "world" / "alpaca.json"), base, out / "alpaca-packs")
+    rows = json.dumps([{"path": f"{out}/world/alpaca.json"}])
+    _prepare(rows, base, out / "alpaca-packs")
     naming = _settings(world.TUNE_ROWS_PER_STEP, world.TUNE_STEPS, world.TUNE_LR, world.TUNE_WARMUP_STEPS)
     _train(base, out / "alpaca-packs", out / "tuned-run", naming, config.ranks)
 
@@ -74,6 +76,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _fresh_folder(out: Path) -> Path:
+    if out.is_file():
+        raise UserError(f"--out {out}: is a file; choose a folder")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"--out {out}: exists and was not made by a demonstration; choose another")
     shutil.rmtree(out, ignore_errors=True)

@@ -316,3 +316,16 @@ def test_redaction_leaves_the_rest_alone(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     value = {"a": ["mail@example.org", 3, None], "b": "https://host/path@1"}
     assert redact(value) == value
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "{" * 2000])
+def test_text_that_yaml_cannot_convert_is_a_bad_value_and_no_crash(text):
+    with pytest.raises(UserError, match="data.seed"):
+        load(RunConfig, ["--model.path", "m", "--data.train", "d", "--out", "o", "--data.seed", text], prog="sft train")
+
+
+def test_a_nul_character_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text('model: {path: "a\\0b"}\ndata: {train: d}\nout: o\n')
+    with pytest.raises(UserError, match="NUL"):
+        load(RunConfig, ["--config", str(file)], prog="sft train")
