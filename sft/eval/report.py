@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sft.eval.results import HEADLINE, Record
 from sft.eval.run import Scored
-from sft.eval.stats import LEVEL, Paired, compare_pairs
+from sft.eval.stats import LEVEL, compare_pairs
 from sft.eval.tasks.mmlu import category_of
 
 COLUMNS = ("n", "base %", "tuned %", "Δ points", "95 % interval", "right→wrong", "wrong→right", "McNemar p", "verdict")
@@ -22,14 +22,15 @@ HOW_TO_READ = """\
 ## How to read this
 
 * **Δ points**: accuracy of the tuned model minus that of the base, in percentage points, on the same items.
-* **95 % interval**: range of true differences that fit what was seen. It comes from the paired differences, with the
-  larger of two standard errors: for independent items, and clustered by source (subject, video, article; from 10 on).
-  Where no item changed it is Tango's score interval.
+* **95 % interval**: range of true differences that fit what was seen: Tango's score interval of the paired answers,
+  which holds for few items too. From 10 sources (subjects, videos, articles) on it is widened, where needed, to the
+  interval that allows for items of one source changing together.
 * **right→wrong / wrong→right**: items that only the base, or only the tuned model, answers right. Both may be large
   while Δ is near zero: the model changed, its accuracy did not.
 * **McNemar p**: exact two-sided test that losses and gains are equally likely.
-* **Verdict**: *degraded* or *improved* only where the whole interval lies on one side of zero. *No change shown* is no
-  proof of equality: drops as large as the interval's lower end remain possible. More items narrow it.
+* **Verdict**: *degraded* or *improved* only where the whole interval lies on one side of zero and McNemar's p is below
+  0.05; below six changed items it cannot be. *No change shown* is no proof of equality: drops as large as the
+  interval's lower end remain possible. More items narrow it.
 * Subjects are exploratory: with dozens of them, a few look degraded or improved by chance.
 * The intervals do not cover the choice of prompts and solved examples, nor items that were in the training data.
 """
@@ -50,12 +51,6 @@ def compare(base: Scored, tuned: Scored, max_drop: float | None) -> dict[str, An
         "tasks": tasks,
         "gate": {"max_drop": max_drop, "passed": not failed if max_drop is not None else None, "failed": failed},
     }
-
-
-def describe_change(pair: Paired) -> str:
-    """The verdict in words, from the interval alone."""
-    low, high = pair.interval
-    return "degraded" if high < 0 else "improved" if low > 0 else "no change shown"
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -130,7 +125,7 @@ def _compare_records(base: Sequence[Record], tuned: Sequence[Record], metric: st
         [record.is_right(metric) for record in tuned],
         [record.cluster for record in base],
     )
-    return asdict(pair) | {"interval": list(pair.interval), "drop": pair.drop, "verdict": describe_change(pair)}
+    return asdict(pair) | {"interval": list(pair.interval), "drop": pair.drop, "verdict": pair.verdict}
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -16,6 +16,9 @@ MIN_CLUSTERS = 10
 NORMAL_DF = 200
 """From here on Student's t is taken as normal: the quantiles differ by less than 0.6 %."""
 
+BISECTIONS = 60
+"""Halvings of an interval of at most 1000: beyond a float's own precision."""
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -38,12 +41,20 @@ class Paired:
         """How much accuracy was lost, as one division: 1 of 100 items is exactly 0.01."""
         return (self.right_to_wrong - self.wrong_to_right) / self.n
 
+    @property
+    def verdict(self) -> str:
+        """A change only where the interval and the exact test agree: both are approximate where few items changed."""
+        low, high = self.interval
+        if self.mcnemar_p >= 1 - LEVEL or low <= 0 <= high:
+            return "no change shown"
+        return "degraded" if high < 0 else "improved"
+
 
 def compare_pairs(base: Sequence[bool], tuned: Sequence[bool], clusters: Sequence[str]) -> Paired:
     """Compare two models item by item.
 
-    The interval is delta +- quantile x standard error, for whichever of the independent and the clustered
-    error makes it wider (Miller 2024, arXiv 2411.00640).
+    The interval is Tango's; where there are enough clusters it reaches at least as far as delta +- Student's quantile
+    x the clustered standard error (Miller 2024, arXiv 2411.00640).
 
     Args:
         base: whether the base model answered each item right.
@@ -55,13 +66,10 @@ def compare_pairs(base: Sequence[bool], tuned: Sequence[bool], clusters: Sequenc
     lost, won = deltas.count(-1), deltas.count(1)
     delta = (won - lost) / n
     se_iid, se_clustered = paired_se(deltas), clustered_se(deltas, clusters)
-    half_width = max(
-        NormalDist().inv_cdf((1 + LEVEL) / 2) * se_iid,
-        student_quantile(len(set(clusters)) - 1) * se_clustered if se_clustered is not None else 0.0,
-    )
-    interval = (max(delta - half_width, -1.0), min(delta + half_width, 1.0))
-    if lost == won == 0:
-        interval = unchanged_interval(n)
+    low, high = score_interval(n, lost, won)
+    if se_clustered is not None:
+        half_width = student_quantile(len(set(clusters)) - 1) * se_clustered
+        low, high = max(min(low, delta - half_width), -1.0), min(max(high, delta + half_width), 1.0)
     return Paired(
         n=n,
         base=sum(base) / n,
@@ -69,7 +77,7 @@ def compare_pairs(base: Sequence[bool], tuned: Sequence[bool], clusters: Sequenc
         delta=delta,
         se_iid=se_iid,
         se_clustered=se_clustered,
-        interval=interval,
+        interval=(low, high),
         right_to_wrong=lost,
         wrong_to_right=won,
         mcnemar_p=mcnemar_exact(lost, won),
@@ -98,13 +106,33 @@ def clustered_se(deltas: Sequence[int], clusters: Sequence[str]) -> float | None
     return math.sqrt(num / (num - 1) * math.fsum(value**2 for value in sums.values())) / n
 
 
-def unchanged_interval(n: int) -> tuple[float, float]:
-    """Interval where no item changed: Tango's score interval (1998) for empty cells, +- z^2 / (n + z^2).
+def score_interval(n: int, lost: int, won: int) -> tuple[float, float]:
+    """Tango's score interval of the true difference (1998, Statistics in Medicine 17:891): all D with |S(D)| <= z.
 
-    The standard error is 0 then, but n equal answers do not prove that no answer would differ.
+    S(D) = (won - lost - n D) / sqrt(n (2 q + D (1 - D))), q the likeliest share of losses under D. Unlike
+    delta +- z x standard error it keeps its coverage where few items, or none, changed.
     """
     z2 = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-    return (-z2 / (n + z2), z2 / (n + z2))
+
+    def fits(difference: float) -> bool:
+        variance = n * (2 * _lost_share(n, lost, won, difference) + difference * (1 - difference))
+        return (won - lost - n * difference) ** 2 <= z2 * variance
+
+    ends = []
+    for end in (-1.0, 1.0):  # S falls with D: the bound lies between delta, which fits, and the end of the scale
+        inside, outside = (won - lost) / n, end
+        for _ in range(BISECTIONS):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if fits(middle) else (inside, middle)
+        ends.append(end if fits(end) else inside)
+    return ends[0], ends[1]
+
+
+def _lost_share(n: int, lost: int, won: int, difference: float) -> float:
+    """P(right to wrong) of the greatest likelihood where P(wrong to right) - P(right to wrong) is `difference`."""
+    half_b = (-(lost + won) + (2 * n - won + lost) * difference) / 2
+    a_c = -2 * n * lost * difference * (1 - difference)
+    return (math.sqrt(max(half_b**2 - a_c, 0.0)) - half_b) / (2 * n)
 
 
 def mcnemar_exact(lost: int, won: int) -> float:
@@ -123,7 +151,7 @@ def student_quantile(df: int) -> float:
     if df >= NORMAL_DF:
         return NormalDist().inv_cdf((1 + LEVEL) / 2)
     low, high = 0.0, 1000.0
-    for _ in range(80):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if _student_within(middle, df) < LEVEL else (low, middle)
     return (low + high) / 2

@@ -26,7 +26,7 @@ def test_by_hand():
     assert pair.mcnemar_p == pytest.approx(2 * (1 + 4) / 16)
     assert pair.se_iid == pytest.approx(math.sqrt((4 / 8 - 0.25**2) / 7))
     assert pair.se_clustered is None
-    assert pair.interval == pytest.approx((-0.25 - 1.959964 * pair.se_iid, -0.25 + 1.959964 * pair.se_iid))
+    assert pair.interval == stats.score_interval(8, lost=3, won=1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -96,17 +96,111 @@ def test_many_degrees_of_freedom_are_normal():
     assert stats.student_quantile(200) == pytest.approx(scipy_stats.t.ppf(0.975, 200), rel=0.007)
 
 
+def changed(n, lost, won, clusters=None):
+    """n items of which the first `lost` went wrong and the next `won` right; each its own cluster if not told."""
+    base = [number < lost or number >= lost + won for number in range(n)]
+    tuned = [number >= lost for number in range(n)]
+    return stats.compare_pairs(base, tuned, clusters or [str(number) for number in range(n)])
+
+
+def wald(pair):
+    return pair.delta - 1.959964 * pair.se_iid, pair.delta + 1.959964 * pair.se_iid
+
+
+def score_by_search(n, lost, won, difference):
+    """Tango's S(D), its nuisance parameter found by maximising the likelihood instead of by the closed form."""
+    optimize = pytest.importorskip("scipy.optimize")
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    cells = (lost, won, n - lost - won)
+
+    def loss(q):
+        shares = (q, q + difference, 1 - 2 * q - difference)
+        return -sum(count * math.log(max(share, 1e-300)) for count, share in zip(cells, shares, strict=True) if count)
+
+    q = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (won - lost - n * difference) / math.sqrt(n * (2 * q + difference * (1 - difference)))
+
+
+@pytest.mark.parametrize(("n", "lost", "won"), [(21, 7, 1), (5, 5, 0), (30, 0, 0), (220, 4, 0), (160, 20, 40)])
+def test_the_score_is_z_at_the_ends_of_the_interval(n, lost, won):
+    low, high = stats.score_interval(n, lost, won)
+    for end, expected in ((low, 1.959964), (high, -1.959964)):
+        assert end in (-1.0, 1.0) or score_by_search(n, lost, won, end) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_score_interval_is_the_published_one():
+    """Bentur et al. 2009 in Fagerland, Lydersen and Laake 2014 (BMC Med Res Methodol): -0.286 (-0.517 to -0.026)."""
+    assert stats.score_interval(21, lost=7, won=1) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert stats.score_interval(21, lost=1, won=7) == pytest.approx((0.026, 0.517), abs=5e-4)
+
+
 @pytest.mark.parametrize("n", [1, 20, 1000])
 def test_no_change_is_no_proof(n):
-    """Tango's score at the interval's ends is +-z: S(D) = (c - b - nD) / sqrt(n (2q + D (1 - D))) with b = c = 0."""
-    low, high = stats.unchanged_interval(n)
-    for end in (low, high):
-        first, second, third = 2 * n, 2 * n * end, 0.0
-        q = (math.sqrt(second**2 - 4 * first * third) - second) / (2 * first)
-        assert abs(-n * end / math.sqrt(n * (2 * q + end * (1 - end)))) == pytest.approx(1.959964, rel=1e-6)
-    pair = stats.compare_pairs([True] * n, [True] * n, ["x"] * n)
-    assert pair.interval == (low, high)
-    assert low < 0 < high
+    """With two empty cells Tango's interval is +- z^2 / (n + z^2)."""
+    z2 = 1.959964**2
+    pair = changed(n, 0, 0)
+    assert pair.interval == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), rel=1e-6)
+    assert pair.verdict == "no change shown"
+
+
+@pytest.mark.parametrize("losses", [True, False])
+@pytest.mark.parametrize(("n", "num"), [(1, 1), (5, 5), (220, 4), (14042, 4)])
+def test_few_changed_items_show_no_change(n, num, losses):
+    """McNemar's p is above 0.05 in all of them, and the interval has a width; Wald's says "degraded"."""
+    pair = changed(n, num, 0) if losses else changed(n, 0, num)
+    assert pair.mcnemar_p > 0.05
+    assert pair.verdict == "no change shown"
+    assert pair.interval[1] - pair.interval[0] > 1 / n
+    assert max(wald(pair)) < 0 or min(wald(pair)) > 0
+
+
+@pytest.mark.parametrize(("n", "lost", "won", "verdict"), [
+    (6, 6, 0, "degraded"), (6, 0, 6, "improved"), (220, 20, 4, "degraded"), (14042, 400, 500, "improved"),
+    (14042, 450, 500, "no change shown"),
+])  # fmt: skip
+def test_verdicts(n, lost, won, verdict):
+    pair = changed(n, lost, won)
+    assert pair.verdict == verdict
+    assert (verdict == "no change shown") == (pair.mcnemar_p > 0.05)
+
+
+def test_losses_from_one_source_show_no_change():
+    """20 losses, all in one subject of 20: McNemar alone would see a change."""
+    pair = changed(400, 20, 0, clusters=[str(number // 20) for number in range(400)])
+    assert pair.mcnemar_p < 0.001
+    assert pair.verdict == "no change shown"
+    assert changed(400, 20, 0).verdict == "degraded"
+
+
+def test_many_changed_items_give_the_familiar_interval():
+    pair = changed(14042, 400, 500)
+    assert pair.interval == pytest.approx(wald(pair), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("n", "p_lost", "p_won"), [(40, 0.05, 0.02), (40, 0.1, 0.1), (100, 0.03, 0.0), (100, 0.02, 0.05)]
+)
+def test_coverage_is_exact_where_few_items_change(n, p_lost, p_won):
+    """Sum of the probabilities of all outcomes whose interval holds the truth; Wald's falls short somewhere."""
+    inside = 0.0
+    for lost in range(16):
+        for won in range(16):
+            low, high = stats.score_interval(n, lost, won)
+            if low <= p_won - p_lost <= high:
+                inside += scipy_stats.multinomial.pmf(
+                    [lost, won, n - lost - won], n, [p_lost, p_won, 1 - p_lost - p_won]
+                )
+    assert 0.93 <= inside <= 0.99
+
+
+def test_coverage_of_wald_falls_short():
+    """Negative control: 100 items, 3 % lost, none won."""
+    inside = sum(
+        scipy_stats.binom.pmf(lost, 100, 0.03)
+        for lost in range(16)
+        if (pair := changed(100, lost, 0)) and wald(pair)[0] <= -0.03 <= wald(pair)[1]
+    )
+    assert inside < 0.93
 
 
 def test_coverage_of_the_interval():
