@@ -1,7 +1,7 @@
 """Example to token ids and the number of unsupervised leading tokens, with the proof that the split is right.
 
-A document is `bos + prompt ids + response ids + [eos]`; response ids and eos are supervised. The prompt ids
-are exactly those of the prompt alone, so what the model reads at inference is a prefix of what it was trained on.
+A document is `bos + prompt ids + response ids + [eos]`; response ids and eos are supervised. A response that was
+cut ends without eos: the model must not learn to stop in the middle of a sentence. The prompt ids are exactly those of the prompt alone, so what the model reads at inference is a prefix of what it was trained on.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data_prep.formats import Example
 from sft.errors import UserError
-from sft.tokenizer import Tokenizer
+from sft.tokenizer import Tokenizer, load_sentencepiece
 
 PROBE_TEXTS = (
     "Below is an instruction that describes a task.\n\n### Response:\n",
@@ -64,17 +64,19 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[D
 
 
 def span_is_proved(tokenizer: Tokenizer, example: Example, document: Document) -> bool:
-    """True where the supervised tokens are the response's, all of it and nothing else, and eos ends them.
+    """True where the supervised tokens are the response's, all of it and nothing else, and eos ends them once.
 
     Decoded in context, `prompt ids + response ids` must read `decoded prompt + response`: decoding the response
     alone would lose a leading space with SentencePiece and Metaspace tokenizers. The prompt ids must be those of
     the prompt alone. No other special token stands anywhere, and BOS in front where the tokenizer starts texts
-    with one. For a truncated document the decoded response must be a non-empty beginning of the response.
+    with one. For a truncated document the decoded response must be a non-empty beginning of the response, without eos.
     """
     num_bos = len(tokenizer.bos)
     prompt_ids = document.ids[num_bos : document.num_prefix]
-    response_ids = document.ids[document.num_prefix : -1]
-    if tuple(document.ids[:num_bos]) != tokenizer.bos or document.ids[-1] != tokenizer.eos_id:
+    ending = [] if document.truncated else [eos_of(tokenizer)]
+    end = len(document.ids) - len(ending)
+    response_ids = document.ids[document.num_prefix : end]
+    if tuple(document.ids[:num_bos]) != tokenizer.bos or document.ids[end:] != ending:
         return False
     # sentencepiece decodes control tokens to nothing, so the text alone would not show one that slipped in.
     if not response_ids or not tokenizer.special_ids.isdisjoint(prompt_ids + response_ids):
@@ -89,13 +91,12 @@ def span_is_proved(tokenizer: Tokenizer, example: Example, document: Document) -
 
 
 def truncate(tokenizer: Tokenizer, example: Example, document: Document, seq_len: int) -> Document | None:
-    """Cut the response so that the document, eos included, has at most `seq_len` tokens.
+    """Cut the response so that the document has at most `seq_len` tokens, and leave out eos.
 
     The cut moves back to where the tokens end with a whole character. None where no response token is left.
     """
-    eos = eos_of(tokenizer)
-    for end in range(seq_len - 1, document.num_prefix, -1):
-        cut = Document([*document.ids[:end], eos], document.num_prefix, truncated=True)
+    for end in range(min(seq_len, len(document.ids) - 1), document.num_prefix, -1):
+        cut = Document(document.ids[:end], document.num_prefix, truncated=True)
         if span_is_proved(tokenizer, example, cut):
             return cut
     return None
@@ -116,13 +117,7 @@ def compare_with_reference(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[s
     model = tokenizer.path / "tokenizer.model"
     if not model.is_file():
         return None
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        processor = SentencePieceProcessor(model_file=str(model))
-    except (OSError, RuntimeError):
-        raise UserError(f"tokenizer {model}: sentencepiece cannot read it; is the file whole?") from None
-    reference = processor.encode(list(texts))
+    reference = load_sentencepiece(model).encode(list(texts))
     transformers_ids = tokenizer.hf(list(texts), add_special_tokens=False)["input_ids"]
     equal = sum(ours == theirs for ours, theirs in zip(transformers_ids, reference, strict=True))
     used = "sentencepiece" if tokenizer.sentencepiece is not None else "transformers"

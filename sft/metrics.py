@@ -96,12 +96,11 @@ class Recorder:
             return
         self._append("metrics.jsonl", values)
         step = values["step"]
-        status = _status_line(values)
         if self._progress:
-            self._progress.update(self._task, completed=step, status=status)
+            self._progress.update(self._task, completed=step, status=_short_status(values))
         elif step in (1, self._total_steps) or time.monotonic() - self._said_s >= SECONDS_BETWEEN_LINES:
             self._said_s = time.monotonic()
-            self._console.print(f"step {step}/{self._total_steps}  {status}", markup=False)
+            self._console.print(f"step {step}/{self._total_steps}  {_status_line(values)}", markup=False)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
@@ -165,6 +164,12 @@ def _status_line(values: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def _short_status(values: dict[str, Any]) -> str:
+    """What fits beside the bar in 80 columns; metrics.jsonl has the rest."""
+    loss = "no labels" if values["loss"] is None else f"loss {values['loss']:.4f}"
+    return f"{loss}  {values['tokens_per_s']:,.0f} tokens/s"
+
+
 def _progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, TextColumn("{task.fields[status]}"), console=console)

@@ -6,6 +6,7 @@ conversion in transformers 5 ranks merges by id, which gives other ids on text w
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load the tokenizer of a model folder, offline.
 
     Raises:
-        UserError: the folder is missing, holds no tokenizer, or the tokenizer cannot be loaded.
+        UserError: the folder is missing, holds no tokenizer, the tokenizer cannot be loaded, or a bare
+            tokenizer.model does not say whether texts start with BOS.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -74,10 +76,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     names = {file.name for file in files}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         raise UserError(f"tokenizer {folder}: holds no tokenizer.json, tokenizer.model or vocab.json")
-    hf = _load_hf(path)
+    hf, bos = _load_hf(path)
     bare = "tokenizer.model" in names and "tokenizer.json" not in names
-    first = hf.encode("a")[:1]
-    bos = tuple(first) if hf.bos_token_id is not None and first == [hf.bos_token_id] else ()
+    if bare:
+        _check_bos_setting(path, bos)
     return Tokenizer(
         path=path,
         digest=_digest(files),
@@ -87,27 +89,63 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         special_ids=frozenset(hf.all_special_ids)
         | {token_id for token_id, token in hf.added_tokens_decoder.items() if token.special},
         hf=hf,
-        sentencepiece=_load_sentencepiece(path / "tokenizer.model") if bare else None,
+        sentencepiece=load_sentencepiece(path / "tokenizer.model") if bare else None,
     )
 
 
-def _load_hf(path: Path) -> Any:
-    from transformers import AutoTokenizer
+def load_sentencepiece(model: Path) -> Any:
+    """The sentencepiece.SentencePieceProcessor of a tokenizer.model.
 
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"tokenizer {path}: transformers cannot load it: {reason}") from error
-
-
-def _load_sentencepiece(model: Path) -> Any:
+    Raises:
+        UserError: sentencepiece cannot read the file.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:
         return SentencePieceProcessor(model_file=str(model))
     except (OSError, RuntimeError) as error:
         raise UserError(f"tokenizer {model}: sentencepiece cannot read it; is the file whole?") from error
+
+
+def _load_hf(path: Path) -> tuple[Any, tuple[int, ...]]:
+    """The transformers tokenizer, and what it puts before a text. Code that the folder brings is never run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        first = hf.encode("a")[:1]
+    # A nonsense value in one of the JSON files shows up as whichever of these transformers stumbles into.
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"tokenizer {path}: transformers cannot load it, check its tokenizer files and config.json: {reason}"
+        ) from error
+    return hf, tuple(first) if hf.bos_token_id is not None and first == [hf.bos_token_id] else ()
+
+
+def _check_bos_setting(path: Path, bos: tuple[int, ...]) -> None:
+    """transformers 5 takes a missing add_bos_token for false, where 4 and Meta's own code start texts with BOS."""
+    file = path / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    setting = config.get("add_bos_token")
+    if not isinstance(setting, bool):
+        raise UserError(
+            f"tokenizer {file}: does not say whether texts start with BOS, and tokenizer.model cannot; write "
+            '{"add_bos_token": true} as Llama was trained, or false'
+        )
+    if setting and not bos:
+        raise UserError(f"tokenizer {file}: add_bos_token is true, but bos_token names no token; name it")
 
 
 def _digest(files: Sequence[Path]) -> str:
