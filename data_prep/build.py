@@ -35,7 +35,7 @@ from sft.errors import UserError
 from sft.settings import load
 from sft.tokenizer import Tokenizer, load_tokenizer
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same input would give other bytes."""
 REFERENCE_TEXTS = 200
 PLAIN_PROGRESS_EVERY_S = 10.0

@@ -1,7 +1,8 @@
 """Example to token ids and the number of unsupervised leading tokens, with the proof that the split is right.
 
 A document is `bos + prompt ids + response ids + [eos]`; response ids and eos are supervised. A response that was
-cut ends without eos: the model must not learn to stop in the middle of a sentence. The prompt ids are exactly those of the prompt alone, so what the model reads at inference is a prefix of what it was trained on.
+cut ends without eos: the model must not learn to stop in the middle of a sentence. The prompt ids are exactly
+those of the prompt alone, so what the model reads at inference is a prefix of what it was trained on.
 """
 
 from collections.abc import Sequence

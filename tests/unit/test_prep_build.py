@@ -145,7 +145,7 @@ def test_equal_rows_never_straddle_the_split(tmp_path: Path, tokenizer: Path, de
     assert not train_rows & heldout_rows
 
 
-def test_truncation_keeps_a_stop_token_and_some_response(tmp_path: Path, tokenizer: Path) -> None:
+def test_truncation_supervises_no_stop_token_after_a_cut(tmp_path: Path, tokenizer: Path) -> None:
     rows = alpaca_rows(3)
     rows[0]["output"] = "é" * 500
     rows[1]["instruction"] = "long " * 500
@@ -156,8 +156,9 @@ def test_truncation_keeps_a_stop_token_and_some_response(tmp_path: Path, tokeniz
     ids, labels = found[0]
     supervised = [label for label in labels if label != -100]
     assert 511 <= len(ids) <= 512
-    assert supervised[-1] == EOS
-    assert supervised[:-1] == byte_ids("é" * ((len(supervised) - 1) // 2))
+    assert supervised == byte_ids("é" * (len(supervised) // 2))
+    assert found[2][1][-1] == EOS, "a row that fits keeps its stop token"
+    assert int(shards.num_labels.sum()) == sum(label != -100 for _, labels in found.values() for label in labels)
     [item] = report_of(out)["sources"]
     assert item["truncated"] == {"count": 1, "first_rows": [1]}
     assert item["dropped"]["overlong_prompt"]["first_rows"] == [2]

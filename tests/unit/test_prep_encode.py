@@ -136,14 +136,26 @@ def test_control_a_broken_encoder_is_caught(byte_level: Tokenizer, pieces: Token
         assert not span_is_proved(tokenizer, example, BREAKS[name](document))
 
 
-def test_truncation_ends_with_eos_at_a_whole_character(byte_level: Tokenizer) -> None:
+def test_truncation_ends_at_a_whole_character_without_eos(byte_level: Tokenizer) -> None:
     example = Example("Q\n", "ab🙂🙂")
     document = encode(byte_level, example)  # bos 2 prompt 10 response eos
-    for seq_len, kept in [(13, "ab🙂"), (10, "ab🙂"), (9, "ab"), (6, "ab"), (5, "a")]:
+    for seq_len, kept in [(13, "ab🙂🙂"), (12, "ab🙂"), (9, "ab🙂"), (8, "ab"), (5, "ab"), (4, "a")]:
         cut = truncate(byte_level, example, document, seq_len)
-        assert cut == Document([BOS, *byte_ids("Q\n" + kept), EOS], 3, truncated=True)
-    assert truncate(byte_level, example, document, 4) is None
+        assert cut == Document([BOS, *byte_ids("Q\n" + kept)], 3, truncated=True)
+    assert truncate(byte_level, example, document, 3) is None
     assert truncate(byte_level, example, document, 2) is None
+
+
+def test_control_a_broken_cut_is_caught(byte_level: Tokenizer, pieces: Tokenizer) -> None:
+    for tokenizer in (byte_level, pieces):
+        example = Example("Task: write\n", "write aaa the task")
+        document = encode(tokenizer, example)
+        cut = truncate(tokenizer, example, document, len(document.ids) - 2)
+        assert cut is not None
+        assert span_is_proved(tokenizer, example, cut)
+        for broken in ([*cut.ids, EOS], [*cut.ids[:-1], cut.ids[-1] + 1], cut.ids[1:], cut.ids[: cut.num_prefix]):
+            assert not span_is_proved(tokenizer, example, Document(broken, cut.num_prefix, truncated=True))
+        assert not span_is_proved(tokenizer, example, Document(cut.ids, cut.num_prefix)), "a whole one ends with eos"
 
 
 def test_reasons_that_need_no_tokens() -> None:

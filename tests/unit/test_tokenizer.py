@@ -9,8 +9,9 @@ import shutil
 import pytest
 
 from sft.errors import UserError
-from sft.tokenizer import load_tokenizer
+from sft.tokenizer import load_sentencepiece, load_tokenizer
 from tests import tiny
+from tests.prep_support import sentencepiece_tokenizer
 
 
 def test_ids_are_those_of_transformers_without_special_tokens(base_model):
@@ -56,6 +57,78 @@ def test_a_broken_file_is_one_line(base_model, tmp_path):
     with pytest.raises(UserError, match="cannot load it") as caught:
         load_tokenizer(copy)
     assert "\n" not in str(caught.value)
+
+
+NONSENSE = {
+    "config.json": ["{", "[]", '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "llama", "dtype": "x"}'],
+    "tokenizer_config.json": ["{", "[]", "[" * 5000, '{"tokenizer_class": 5}', '{"model_max_length": "x"}'],
+    "special_tokens_map.json": ["[]"],
+    "tokenizer.json": ["{", "{}", "[]"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in NONSENSE for content in NONSENSE[name]])
+def test_a_nonsense_file_is_one_line(base_model, tmp_path, name, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(base_model, copy)
+    load_tokenizer(copy)
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match="cannot load it, check its tokenizer files") as caught:
+        load_tokenizer(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_in_the_folder_is_neither_run_nor_offered(base_model, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(base_model, copy)
+    (copy / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}}')
+    (copy / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    with pytest.raises(UserError, match="custom code"):
+        load_tokenizer(copy)
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with a tokenizer.model alone, as Meta ships Llama-2."""
+    folder = sentencepiece_tokenizer(tmp_path / "bare")
+    (folder / "tokenizer_config.json").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"bos_token": "<s>", "eos_token": "</s>"}, {"add_bos_token": None}, {"add_bos_token": "yes"}]
+)
+def test_a_bare_model_must_say_whether_texts_start_with_bos(bare, config):
+    if config is not None:
+        (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match='write {"add_bos_token": true}') as caught:
+        load_tokenizer(bare)
+    assert str(bare / "tokenizer_config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bare_model_starts_texts_as_it_says(bare):
+    config = bare / "tokenizer_config.json"
+    config.write_text('{"add_bos_token": true}')  # what the error says to write is enough
+    tokenizer = load_tokenizer(bare)
+    assert (tokenizer.bos, tokenizer.eos_id) == ((1,), 2)
+    assert tokenizer.sentencepiece is not None
+    config.write_text('{"add_bos_token": false}')
+    assert load_tokenizer(bare).bos == ()
+    config.write_text('{"add_bos_token": true, "bos_token": null}')
+    with pytest.raises(UserError, match="bos_token names no token"):
+        load_tokenizer(bare)
+
+
+def test_a_torn_sentencepiece_model_is_one_line(bare):
+    model = bare / "tokenizer.model"
+    model.write_bytes(model.read_bytes()[:50])
+    with pytest.raises(UserError, match="sentencepiece cannot read it"):
+        load_sentencepiece(model)
 
 
 @pytest.mark.skipif(not tiny.SHARED.is_dir(), reason="the shared tokenizers are not beside this checkout")
