@@ -38,7 +38,8 @@ HELLASWAG = [
 
 def lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    escaped = "\\ud" in json.dumps(rows)  # halves of surrogate pairs have no bytes of their own
+    path.write_text("".join(json.dumps(row, ensure_ascii=escaped) + "\n" for row in rows), encoding="utf-8")
 
 
 def parquet(path, rows):
@@ -124,7 +125,8 @@ def test_the_hub_wins_over_csv_and_says_so(tmp_path):
     write_hendrycks(tmp_path / "a")
     write_hub_jsonl(tmp_path / "b")
     _, source = load_mmlu(tmp_path)
-    assert source == f"MMLU from {tmp_path}/b/cais/mmlu (jsonl), not from {tmp_path}/a/data (csv)"
+    counts = "2 subjects (1 not among MMLU's own, first island_trade), 7 test rows"
+    assert source == f"MMLU from {tmp_path}/b/cais/mmlu (jsonl), not from {tmp_path}/a/data (csv): {counts}"
 
 
 @pytest.mark.parametrize("write", [lines, parquet])
@@ -156,6 +158,94 @@ def test_every_hellaswag_layout_gives_the_same_items(tmp_path, write, train, val
     assert load_hellaswag(tmp_path, need_train=False)[1] == []
 
 
+def test_the_rows_own_subject_is_used(tmp_path):
+    """One file per split, the subject in a column: the folder's name is none."""
+    for split in ("dev", "test"):
+        rows = hub_rows("virology", ROWS["island_trade"]) + hub_rows("anatomy", ROWS["anatomy"])
+        lines(tmp_path / "mmlu" / f"{split}.jsonl", rows)
+    subjects, source = load_mmlu(tmp_path)
+    assert [(subject.name, len(subject.dev), len(subject.test)) for subject in subjects] == [
+        ("anatomy", 3, 3),
+        ("virology", 4, 4),
+    ]
+    assert source.endswith("2 subjects, 7 test rows")
+    assert "about anatomy." in mmlu.build_items(subjects[0], 0, None)[0].context
+
+
+def test_a_folder_without_subject_column_gives_its_name_even_as_a_dot(tmp_path, monkeypatch):
+    for split in ("dev", "test"):
+        rows = [{key: row[key] for key in ("question", "choices", "answer")} for row in hub_rows("", ROWS["anatomy"])]
+        lines(tmp_path / "anatomy" / f"{split}.jsonl", rows)
+    monkeypatch.chdir(tmp_path / "anatomy")
+    subjects, source = load_mmlu(Path())
+    assert [subject.name for subject in subjects] == ["anatomy"]
+    assert source == f"MMLU from {tmp_path} (jsonl): 1 subject, 3 test rows"
+
+
+def test_a_subject_that_contradicts_the_folder_is_refused(tmp_path):
+    lines(tmp_path / "anatomy" / "test.jsonl", hub_rows("virology", ROWS["anatomy"]))
+    with pytest.raises(UserError, match=r"test.jsonl row 0: field 'subject' is 'virology', but .* says 'anatomy'"):
+        load_mmlu(tmp_path)
+    lines(tmp_path / "anatomy" / "test.jsonl", hub_rows("anatomy", ROWS["anatomy"]))
+    assert [subject.name for subject in load_mmlu(tmp_path)[0]] == ["anatomy"]
+
+
+def test_two_folders_with_one_subject_are_refused(tmp_path):
+    for folder in ("first", "second"):
+        lines(tmp_path / folder / "test.jsonl", hub_rows("anatomy", ROWS["anatomy"]))
+    with pytest.raises(UserError, match=r"first/test.jsonl and .*second/test.jsonl: both hold test rows of anatomy"):
+        load_mmlu(tmp_path)
+
+
+def test_all_fills_in_the_subjects_that_have_no_folder(tmp_path):
+    for split in ("dev", "test"):
+        rows = [row for subject, group in ROWS.items() for row in hub_rows(subject, group)]
+        lines(tmp_path / "all" / f"{split}.jsonl", rows)
+        lines(tmp_path / "anatomy" / f"{split}.jsonl", hub_rows("anatomy", ROWS["anatomy"][:2]))
+    subjects, _ = load_mmlu(tmp_path)
+    assert [(subject.name, len(subject.test)) for subject in subjects] == [("anatomy", 2), ("island_trade", 4)]
+
+
+@pytest.mark.parametrize("name", ["test-00000-of-00001", "anatomy_test"])
+def test_two_tables_of_one_mmlu_split_are_refused(tmp_path, name):
+    write_hub_jsonl(tmp_path)
+    folder = tmp_path / "cais" / "mmlu"
+    copy = folder / f"{name}.jsonl" if "_" in name else folder / "anatomy" / f"{name}.jsonl"
+    copy.write_bytes((folder / "anatomy" / "test.jsonl").read_bytes())
+    with pytest.raises(UserError, match=rf"(?=.*anatomy/test\.jsonl).*{name}\.jsonl.*: two tables for one split"):
+        load_mmlu(tmp_path)
+
+
+def test_two_tables_of_one_hellaswag_split_are_refused(tmp_path):
+    for name in ("validation", "hellaswag_val"):
+        lines(tmp_path / f"{name}.jsonl", HELLASWAG)
+    with pytest.raises(UserError, match=r"hellaswag_val.jsonl and .*/validation.jsonl: two tables for one split"):
+        load_hellaswag(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("present", [(1,), (0, 2), (0, 1, 3)])
+def test_missing_shards_are_refused(tmp_path, present):
+    for shard in present:
+        lines(tmp_path / f"validation-{shard:05d}-of-00003.jsonl", HELLASWAG)
+    with pytest.raises(UserError, match=r"validation-0000.-of-00003.jsonl: rows of shards .* need those of 0 to 2"):
+        load_hellaswag(tmp_path, need_train=False)
+
+
+def test_shards_are_read_in_order(tmp_path):
+    for shard in (2, 0, 1):
+        lines(tmp_path / f"validation-{shard:05d}-of-00003.jsonl", HELLASWAG[shard : shard + 1])
+    validation, _, source = load_hellaswag(tmp_path, need_train=False)
+    assert [row.label for row in validation] == [0, 1, 2]
+    assert source.endswith(": 3 validation rows")
+
+
+def test_folders_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for data in (tmp_path / "loop", tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"--data .*give the folder that holds MMLU and HellaSwag"):
+            load_mmlu(data)
+
+
 BAD_MMLU = [
     ({"choices": ["a", "b", "c"]}, r"row 1: field 'choices' is \['a', 'b', 'c'\]; need 4 texts"),
     ({"choices": ["a", "b", "c", None]}, r"row 1: field 'choices'"),
@@ -163,6 +253,9 @@ BAD_MMLU = [
     ({"answer": "E"}, r"row 1: field 'answer' is 'E'"),
     ({"answer": True}, r"row 1: field 'answer' is True"),
     ({"question": None}, r"row 1: field 'question' is missing; need a text"),
+    ({"question": "a \ud800"}, r"row 1: field 'question' holds '\\ud800' at character 2, half of a surrogate pair"),
+    ({"choices": ["a", "b", "c", "\ud800"]}, r"row 1: field 'choices' holds '\\ud800' at character 0"),
+    ({"subject": 7}, r"row 1: field 'subject' is 7; need a text"),
 ]
 
 
@@ -181,6 +274,8 @@ def test_bad_mmlu_rows_are_named(tmp_path, change, message):
         ({"label": ""}, "field 'label' is ''; need a number 0 to 3"),
         ({"ctx_b": None}, "field 'ctx_b' is missing; need a text"),
         ({"endings": ["a", "b"]}, r"field 'endings' is \['a', 'b'\]; need 4 texts"),
+        ({"ctx_a": "\udfff"}, r"field 'ctx_a' holds '\\udfff'"),
+        ({"endings": ["a", "b", "c", "\ud800"]}, r"field 'endings' holds '\\ud800'"),
     ],
 )
 def test_bad_hellaswag_rows_are_named(tmp_path, change, message):
@@ -222,12 +317,39 @@ def test_torn_jsonl_is_named(tmp_path):
         load_mmlu(tmp_path)
 
 
+def test_jsonl_that_json_loads_would_let_through_is_named(tmp_path):
+    file = tmp_path / "anatomy" / "test.jsonl"
+    row = json.dumps(hub_rows("anatomy", ROWS["anatomy"][2:])[0])
+    lines(file, [])
+    file.write_text(row[:-1] + ', "answer": 1}\n')
+    with pytest.raises(UserError, match=r"test.jsonl line 1: not valid JSON: key 'answer' is given twice"):
+        load_mmlu(tmp_path)
+    file.write_text('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(UserError, match=r"test.jsonl line 1: JSON nested too deeply"):
+        load_mmlu(tmp_path)
+    file.write_text(row + "\n")
+    assert len(load_mmlu(tmp_path)[0]) == 1
+
+
+def test_long_csv_fields_are_read_and_endless_ones_named(tmp_path):
+    """The limit of csv is the process's: another reader may have lowered it before."""
+    file = tmp_path / "test" / "anatomy_test.csv"
+    for length in (200_000, 11_000_000):
+        csv.field_size_limit(131_072)
+        table(file, [("x" * length, ["a", "b", "c", "d"], 0)], header=False, letters=True)
+        if length < 10_000_000:
+            assert len(load_mmlu(tmp_path)[0][0].test[0].question) == length
+        else:
+            with pytest.raises(UserError, match=r"anatomy_test.csv line 1: not valid CSV: field larger than"):
+                load_mmlu(tmp_path)
+
+
 def test_missing_data_say_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"--data .*/absent: no such folder"):
         load_mmlu(tmp_path / "absent")
     lines(tmp_path / "test.jsonl", [{"text": "something else"}])
     (tmp_path / "dev.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"holds no MMLU test split"):
+    with pytest.raises(UserError, match=r"holds no MMLU test split.* see docs/evaluation-data.md"):
         load_mmlu(tmp_path)
     with pytest.raises(UserError, match=r"holds no HellaSwag validation split"):
         load_hellaswag(tmp_path, need_train=False)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,10 @@ def read_rows(file: Path, head: int | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is unreadable or a row is malformed.
     """
-    try:
+    with _naming(file):
         if file.suffix == ".parquet":
             return _read_parquet(file, head)
         return _read_jsonl(file, head) if file.suffix == ".jsonl" else _read_csv(file, head)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def peek_fields(file: Path) -> set[str]:
@@ -36,10 +34,20 @@ def peek_fields(file: Path) -> set[str]:
         UserError: the file is torn; passing over it would silently shorten the benchmark.
     """
     if file.suffix == ".csv":
-        with file.open(newline="", encoding="utf-8", errors="replace") as stream:
-            first = next(csv.reader(stream), [])
+        with _naming(file):
+            _, first = next(_csv_lines(file, errors="replace", strict=False), (0, []))
         return {"question", "choices", "answer"} if len(first) == len(CSV_COLUMNS) else set()
     return {field for row in read_rows(file, head=1) for field in row}
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def _read_parquet(file: Path, head: int | None) -> list[dict[str, Any]]:
@@ -64,7 +72,9 @@ def _read_jsonl(file: Path, head: int | None) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
+            except RecursionError:
+                raise UserError(f"{file} line {number}: JSON nested too deeply; correct the line") from None
             except ValueError as error:
                 raise UserError(f"{file} line {number}: not valid JSON: {error}") from None
             if not isinstance(row, dict):
@@ -73,25 +83,40 @@ def _read_jsonl(file: Path, head: int | None) -> list[dict[str, Any]]:
     return rows
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json.loads alone would let the last of two equal keys win."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!a} is given twice")
+    return row
+
+
 def _read_csv(file: Path, head: int | None) -> list[dict[str, Any]]:
     """Six columns, with or without a header. csv and not pandas: pandas reads the choice "None" as a missing value."""
-    csv.field_size_limit(CSV_FIELD_LIMIT)
     rows: list[dict[str, Any]] = []
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, strict=True)
+    for line, cells in _csv_lines(file, errors="strict", strict=True):
+        if head is not None and len(rows) == head:
+            break
+        is_header = line == 1 and cells and cells[0].lower() == "question" and cells[-1] == "answer"
+        if not cells or is_header:
+            continue
+        if len(cells) != len(CSV_COLUMNS):
+            raise UserError(
+                f"{file} row {len(rows)} (ends at line {line}): {len(cells)} columns, "
+                f"need {len(CSV_COLUMNS)}: {', '.join(CSV_COLUMNS)}"
+            )
+        rows.append({"question": cells[0], "choices": cells[1:5], "answer": cells[5]})
+    return rows
+
+
+def _csv_lines(file: Path, *, errors: str, strict: bool) -> Iterator[tuple[int, list[str]]]:
+    """(number of its last line, cells) of every record."""
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    with file.open(newline="", encoding="utf-8-sig", errors=errors) as stream:
+        reader = csv.reader(stream, strict=strict)
         try:
             for cells in reader:
-                if head is not None and len(rows) == head:
-                    break
-                is_header = reader.line_num == 1 and cells and cells[0].lower() == "question" and cells[-1] == "answer"
-                if not cells or is_header:
-                    continue
-                if len(cells) != len(CSV_COLUMNS):
-                    raise UserError(
-                        f"{file} row {len(rows)} (ends at line {reader.line_num}): {len(cells)} columns, "
-                        f"need {len(CSV_COLUMNS)}: {', '.join(CSV_COLUMNS)}"
-                    )
-                rows.append({"question": cells[0], "choices": cells[1:5], "answer": cells[5]})
+                yield reader.line_num, cells
         except csv.Error as error:
             raise UserError(f"{file} line {reader.line_num}: not valid CSV: {error}") from None
-    return rows
