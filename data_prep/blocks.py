@@ -6,6 +6,7 @@ Blocks do not depend on the number of workers, so neither does anything that is 
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -178,6 +179,16 @@ def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder  # noqa: PLW0603 (the only way to hand a forked worker what cannot be pickled)
     _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this a killed parent leaves workers behind that wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(block: RawBlock) -> Block:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import uuid
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from data_prep.encode import compare_with_reference, eos_of, probe_ids
 from data_prep.formats import file_digest, parse_row
 from data_prep.mixture import choose_heldout, copies
 from data_prep.pack import pack
-from data_prep.report import SourceFate, describe_split, summary_tables
+from data_prep.report import SourceFate, describe_split, escape_unprintable, summary_tables
 from data_prep.shards import Documents, open_shards, read_manifest, write_json, write_shards
 from sft.config import PrepConfig
 from sft.errors import UserError
@@ -57,15 +59,17 @@ def main(argv: Sequence[str]) -> None:
         UserError: bad options, input, tokenizer or output folder.
     """
     config = load(PrepConfig, argv, prog="sft prep")
+    escape_unprintable(sys.stdout)
     started_s = time.perf_counter()
-    out = Path(config.out).resolve()
+    out = Path(os.path.realpath(config.out))
     tokenizer = load_tokenizer(config.tokenizer)
     eos_of(tokenizer)
     key = content_key(config, tokenizer)
     if is_up_to_date(out, key, with_heldout=config.heldout > 0):
         print(f"{config.out} is up to date (content key {key})")
         return
-    report = build(config, tokenizer, key, out)
+    with sigterm_unwinds():
+        report = build(config, tokenizer, key, out)
     report["timings_s"]["total"] = time.perf_counter() - started_s
     for table in summary_tables(report):
         Console().print(table)
@@ -132,9 +136,14 @@ def is_up_to_date(out: Path, key: str, with_heldout: bool) -> bool:
     """True where `out` already holds the whole output of this very job, False where it is free.
 
     Raises:
-        UserError: `out` holds something else, or a torn shard set.
+        UserError: `out` holds something else, a torn shard set, or only a part of the output.
+        OSError: `out` cannot be looked at: its name is too long, or a loop of symbolic links.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    try:
+        out.stat()
+    except FileNotFoundError:
+        return False
+    if out.is_dir() and not any(out.iterdir()):
         return False
     if not (out / "train" / "manifest.json").is_file():
         raise UserError(f"out {out}: exists and is no output of sft prep; choose another folder")
@@ -144,7 +153,11 @@ def is_up_to_date(out: Path, key: str, with_heldout: bool) -> bool:
             f"out {out}: holds shards of other input or settings (content key {str(found)[:12]}, now {key[:12]}); "
             "remove it or choose another folder"
         )
-    for split in ("train", "heldout") if with_heldout else ("train",):
+    splits = ("train", "heldout") if with_heldout else ("train",)
+    for name in (*splits, "report.json"):
+        if not (out / name).exists():
+            raise UserError(f"out {out}: {name} is missing, so it is not the whole output; remove {out} and run again")
+    for split in splits:
         open_shards(out / split)
     return True
 
@@ -202,6 +215,8 @@ def choose(config: PrepConfig, corpus: Corpus, fates: Sequence[SourceFate]) -> d
         fate.train_rows = int((source_ids[index[~heldout]] == source_id).sum())
         fate.heldout_rows = int((source_ids[index[heldout]] == source_id).sum())
         fate.train_documents = int((source_ids[train] == source_id).sum())
+        used = corpus.row_numbers[index[source_ids[index] == source_id]]
+        fate.truncated = np.intersect1d(np.array(fate.truncated, dtype=np.int64), used).tolist()
     if not len(train):
         raise _nothing_left(fates)
     if config.heldout > 0 and not heldout.any():
@@ -247,9 +262,31 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, out)
     except OSError as error:
-        raise UserError(f"out {out}: cannot be written: {error.strerror or error}") from None
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        raise UserError(
+            f"out {out}: cannot be written: {reason}; check space and permissions of {out.parent}, "
+            "or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM, which schedulers send first, end the body as an exception: no worker and no folder is left behind.
+
+    Raises:
+        SystemExit: 143, as a shell reports a process that SIGTERM ended.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Clock:

@@ -17,6 +17,12 @@ from sft.errors import UserError
 Format = Literal["alpaca", "text"]
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object in which `key` stands more than once, so that one of its values is lost."""
+
+    key: str
+
+
 @dataclass(frozen=True)
 class Example:
     """One row as text: the model sees `prompt` and learns `response`. Plain text has an empty prompt."""
@@ -29,11 +35,14 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
     """Yield (row number, decoded JSON value) of a .json array or of a .jsonl file.
 
     Raises:
-        UserError: the file is missing, unreadable, of another kind, not JSON, or holds no rows.
+        UserError: the file is missing, unreadable, of another kind, not JSON, or holds no rows; or a row has a key
+            twice.
     """
     rows = 0
     with _file_errors(path):
-        for rows, value in _read_array(path) if Path(path).suffix == ".json" else _read_lines(path):  # noqa: B007
+        for rows, value in _read_array(path) if Path(path).suffix == ".json" else _read_lines(path):
+            if isinstance(value, _Repeating):
+                raise UserError(f"source {path}: row {rows}: key {shorten(value.key)} stands twice; keep one of them")
             yield rows, value
     if rows == 0:
         raise UserError(f"source {path}: holds no rows; remove it from sources")
@@ -102,8 +111,11 @@ def _text_field(row: dict[str, Any], field: str, format: Format, where: str) -> 
 
 
 def _read_array(path: str) -> Iterator[tuple[int, Any]]:
+    content = Path(path).read_bytes()
+    if not content.strip():
+        raise UserError(f"source {path}: is empty; remove it from sources")
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = json.loads(content, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         hint = "; if it has one object per line, name it .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"source {path}: not valid JSON: {_reason(error)}{hint}") from None
@@ -122,11 +134,21 @@ def _read_lines(path: str) -> Iterator[tuple[int, Any]]:
             if blank:
                 raise UserError(f"source {path}: line {blank} is empty; remove it, one object per line")
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 shown = shorten(line.decode("utf-8", "replace").rstrip("\r\n"))
                 raise UserError(f"source {path}: line {number} is not valid JSON: {_reason(error)}: {shown}") from None
             yield number, value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = [key for key, _ in pairs]
+    repeating = _Repeating(found)
+    repeating.key = next(key for key in keys if keys.count(key) > 1)
+    return repeating
 
 
 def _reason(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """The fate of every input row: collected, checked to add up, written to report.json and shown as a table."""
 
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,12 @@ def summary_tables(report: dict[str, Any]) -> list[Table]:
         counts = (item["packs"], item["documents"], item["tokens"], item["labels"])
         written.add_row(split, *(f"{count:,}" for count in counts), f"{item['fill']:.2%}")
     return [rows, written]
+
+
+def escape_unprintable(stream: TextIO) -> None:
+    """Write what the stream's encoding lacks as \\u escapes: text from data and paths must not end a command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _counted(row_numbers: Sequence[int]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ supervised), seq_lens, num_labels (targets after the shift; the first token of a
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data_prep.pack import Packs
 from sft.errors import UserError
@@ -27,6 +29,53 @@ TOKENS_PER_SHARD = 1 << 24
 
 LISTS = {"input_ids": "int32", "labels": "int32", "seq_lens": "int32", "doc_ids": "int64", "source_ids": "int16"}
 COLUMNS = ("input_ids", "labels", "seq_lens", "num_labels", "doc_ids", "source_ids")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _ShardEntry(_Strict):
+    file: str
+    packs: int
+    bytes: int
+    sha256: str
+
+
+class _Totals(_Strict):
+    packs: int
+    documents: int
+    tokens: int
+    labels: int
+
+
+class _ProbeText(_Strict):
+    text: str
+    ids: list[int]
+
+
+class _MadeWith(_Strict):
+    path: str
+    digest: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    probe: list[_ProbeText]
+
+
+class _NamedSource(_Strict):
+    name: str
+
+
+class _Manifest(_Strict):
+    """What readers of a manifest rely on; it holds more."""
+
+    content_key: str
+    seq_len: int
+    totals: _Totals
+    shards: list[_ShardEntry]
+    sources: list[_NamedSource]
+    tokenizer: _MadeWith
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +159,7 @@ def write_shards(
     for name, (first, end) in zip(names, ranges, strict=True):
         batch = _record_batch(documents, packs, first, end)
         labels += int(batch.column("num_labels").to_numpy().sum(dtype=np.int64))
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        with pa.OSFile(os.fsencode(folder / name), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         size = (folder / name).stat().st_size
         entries.append({"file": name, "packs": end - first, "bytes": size, "sha256": _sha256(folder / name)})
@@ -130,7 +179,7 @@ def write_shards(
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON; the file appears whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
@@ -273,13 +322,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         below = " (did you mean its train/ folder?)" if (folder / "train" / MANIFEST).is_file() else ""
         raise UserError(f"shards {folder}: no {MANIFEST}, so no complete shard set{below}; run sft prep") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"shards {folder}: {MANIFEST} cannot be read: {error}; prepare again") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
             f"shards {folder}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; prepare again"
         )
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, reason = ".".join(map(str, first["loc"])), first["msg"][:1].lower() + first["msg"][1:]
+        raise UserError(f"shards {folder}: {MANIFEST}: '{where}': {reason}; prepare again") from None
     return dict(manifest)
 
 
@@ -302,7 +357,7 @@ def _open_shard(path: Path, entry: dict[str, Any]) -> list[_Batch]:
             f"shard {path}: {size} bytes, the manifest says {entry['bytes']}; copy it again or prepare again"
         )
     try:
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        with pa.memory_map(os.fsencode(path)) as source, pa.ipc.open_stream(source) as reader:
             if not reader.schema.equals(_schema()):
                 raise UserError(
                     f"shard {path}: columns {reader.schema.names} are not those of packed shards; prepare again"

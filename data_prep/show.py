@@ -1,5 +1,6 @@
 """`sft show`: packed rows as text, with supervised tokens marked and document boundaries drawn."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
+from data_prep.report import escape_unprintable
 from data_prep.shards import IGNORE, MANIFEST, Pack, Shards, open_shards
 from sft.config import ShowConfig
 from sft.errors import UserError, run_command
@@ -25,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: bad options, no complete shard set, no such pack, or another tokenizer than the shards'.
     """
     config = load(ShowConfig, argv, prog="sft show", positional="shards")
+    escape_unprintable(sys.stdout)
     folder = Path(config.shards)
     if not (folder / MANIFEST).is_file() and (folder / "train").is_dir():
         folder = folder / "train"

@@ -53,7 +53,8 @@ def test_a_step_without_labels_changes_nothing(tmp_path, base_model, strategy):
         doc_ids=np.arange(2), source_ids=np.zeros(2, np.int16),
     )  # fmt: skip
     facts = {"path": "x", "digest": tokenizer.digest, "vocab_size": 259, "bos_id": 1, "eos_id": 2, "probe": probe_ids(tokenizer)}
-    write_shards(tmp_path / "train", documents, pack(lengths, 64), {"content_key": "k", "seq_len": 64, "tokenizer": facts})
+    manifest = {"content_key": "k", "seq_len": 64, "sources": [{"name": "a"}], "tokenizer": facts}
+    write_shards(tmp_path / "train", documents, pack(lengths, 64), manifest)
     out = tmp_path / "run"
     train(out, base_model, tmp_path, strategy, 1, batch__rows_per_step=1, train__max_steps=1)
     assert SETTINGS["optim.lr"] > 0

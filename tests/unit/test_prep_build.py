@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -164,6 +165,32 @@ def test_truncation_supervises_no_stop_token_after_a_cut(tmp_path: Path, tokeniz
     assert item["dropped"]["overlong_prompt"]["first_rows"] == [2]
 
 
+def test_only_rows_that_are_written_count_as_truncated(tmp_path: Path, tokenizer: Path) -> None:
+    rows = alpaca_rows(3)
+    for number in (0, 2):
+        rows[number] = {"instruction": "a", "output": "long " * 500}
+    source = write_json(tmp_path / "a.json", rows)
+    prepare(tmp_path / "out", sources=source, tokenizer=tokenizer, overlong="truncate", seq_len=512)
+    [item] = report_of(tmp_path / "out")["sources"]
+    assert item["truncated"] == {"count": 1, "first_rows": [1]}
+    assert item["dropped"]["duplicate"]["first_rows"] == [3]
+    assert item["rows_train"] == 2
+
+
+def test_a_path_that_is_no_unicode(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes only Unicode names")
+    source = write_json(folder / "a.json", alpaca_rows(3))
+    shards = prepare(folder / "out", sources=source, tokenizer=tokenizer)
+    assert shards.manifest["sources"][0]["path"] == str(source)
+    assert "\\udcff" in capsys.readouterr().out
+    prepare(folder / "out", sources=source, tokenizer=tokenizer)
+    assert "up to date" in capsys.readouterr().out
+
+
 def test_control_a_broken_encoder_leaves_no_row(
     tmp_path: Path, tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +216,13 @@ def test_the_same_job_again_is_up_to_date(
         capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=out, heldout=6, seq_len=1024)
     )
     assert file_bytes(out) == before
+    for name in ("report.json", "heldout"):
+        (out / name).rename(tmp_path / "aside")
+        assert f"{name} is missing, so it is not the whole output" in refused(
+            capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=out, heldout=5, seq_len=1024)
+        )
+        (tmp_path / "aside").rename(out / name)
+    prepare(out, sources=source, tokenizer=tokenizer, heldout=5)
     next((out / "heldout").glob("*.arrow")).unlink()
     assert "missing" in refused(
         capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=out, heldout=5, seq_len=1024)
@@ -287,13 +321,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_a_failure_while_writing_leaves_nothing(
     tmp_path: Path, tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def disk_full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    # pyarrow's errors have no strerror
+    for error in (OSError(28, "No space left on device"), OSError("Error writing bytes.\nDetail: no space")):
+        monkeypatch.setattr(build, "write_json", Mock(side_effect=error))
+        line = refused(capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=tmp_path / "out", workers=1))
+        assert "space" in line.split("cannot be written: ")[1].split(";")[0]
+        assert line.endswith(f"; check space and permissions of {tmp_path}, or choose another folder")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
 
-    monkeypatch.setattr(build, "write_json", disk_full)
-    line = refused(capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=tmp_path / "out", workers=1))
-    assert "No space left on device" in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json"]
+
+@pytest.mark.parametrize("name", ["loop", "a" * 300, "rows.json/x"])
+def test_an_impossible_output_folder_is_refused(
+    tmp_path: Path, tokenizer: Path, source: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    line = refused(capsys, build.main, flags(sources=source, tokenizer=tokenizer, out=tmp_path / name, workers=1))
+    assert str(tmp_path)[:40] in line
 
 
 def test_a_killed_worker_is_told(tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

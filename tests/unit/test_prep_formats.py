@@ -41,6 +41,11 @@ def test_byte_order_mark_crlf_and_trailing_blank_lines_are_read(tmp_path: Path) 
     assert list(read_rows(str(path))) == [(1, {"text": "a"}), (2, {"text": "b"})]
 
 
+def test_equal_keys_in_different_objects_are_no_repetition(tmp_path: Path) -> None:
+    rows = [{"a": {"a": 1}, "b": [{"a": 1}, {"a": 2}]}, {"a": 1}]
+    assert list(read_rows(str(write_json(tmp_path / "a.json", rows)))) == [(1, rows[0]), (2, rows[1])]
+
+
 def test_rows_become_examples() -> None:
     assert parse_row(ROW, "alpaca", "") == Example(alpaca_prompt("Add.", "1 2"), "3")
     assert parse_row({"instruction": "Sing.", "output": "la", "extra": 1}, "alpaca", "") == Example(
@@ -72,7 +77,8 @@ def test_a_malformed_row_names_place_field_and_value(value: Any, words: list[str
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.json", b"", ["not valid JSON"]),
+        ("a.json", b"", ["is empty"]),
+        ("a.json", b" \n", ["is empty"]),
         ("a.json", b"[]", ["no rows"]),
         ("a.json", b'{"a": 1}', ["array", '{"a": 1}']),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', ["not valid JSON", ".jsonl"]),
@@ -84,6 +90,8 @@ def test_a_malformed_row_names_place_field_and_value(value: Any, words: list[str
         ("a.jsonl", b'{"a": 1}\n{"a": \n', ["line 2", "not valid JSON", '{\\"a\\": ']),
         ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', ["line 2", "empty"]),
         ("a.csv", b"a,b", [".jsonl"]),
+        ("a.json", b'[{"a": 1}, {"b": 1, "a": 1, "b": 2}]', ["row 2", '"b" stands twice']),
+        ("a.jsonl", b'{"a": 1}\n{"a": "x", "a": "x"}\n', ["row 2", '"a" stands twice']),
     ],
 )
 def test_a_malformed_file_is_refused(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:

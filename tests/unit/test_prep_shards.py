@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from sft.errors import UserError
 
 SEQ_LEN = 40
 KEY = "0123456789abcdef" * 4
+NEEDED = ("content_key", "seq_len", "totals", "shards", "sources", "tokenizer")
 
 
 def make_documents(count: int = 60, seed: int = 0) -> Documents:
@@ -32,7 +34,8 @@ def make_documents(count: int = 60, seed: int = 0) -> Documents:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     documents = make_documents()
-    manifest = {"content_key": KEY, "seq_len": SEQ_LEN}
+    made_with = {"path": "x", "digest": "x", "vocab_size": 3, "bos_id": None, "eos_id": 2, "probe": []}
+    manifest = {"content_key": KEY, "seq_len": SEQ_LEN, "sources": [{"name": "a"}], "tokenizer": made_with}
     write_shards(tmp_path / "train", documents, pack(documents.lengths, SEQ_LEN), manifest, tokens_per_shard=300)
     return tmp_path / "train"
 
@@ -144,7 +147,28 @@ def forget_last_shard(folder: Path) -> None:
     edit_manifest(folder, shards=json.loads((folder / "manifest.json").read_text())["shards"][:-1])
 
 
-TEARS = {
+def forget(key: str) -> Callable[[Path], None]:
+    def tear(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest[key]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return tear
+
+
+TEARS: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{f"no {key}": (forget(key), f"'{key}': field required") for key in NEEDED},
+    "shards is text": (lambda f: edit_manifest(f, shards="x"), "'shards': input should be a valid list"),
+    "a shard is text": (lambda f: edit_manifest(f, shards=["x"]), "'shards.0': input should be"),
+    "a shard without digest": (
+        lambda f: edit_manifest(f, shards=[{"file": "a", "packs": 1, "bytes": 1}]),
+        "'shards.0.sha256': field required",
+    ),
+    "totals is a number": (lambda f: edit_manifest(f, totals=7), "'totals': input should be"),
+    "seq_len is text": (lambda f: edit_manifest(f, seq_len="40"), "'seq_len': input should be a valid integer"),
+    "tokenizer is a list": (lambda f: edit_manifest(f, tokenizer=[]), "'tokenizer': input should be"),
+    "a source without name": (lambda f: edit_manifest(f, sources=[{}]), "'sources.0.name': field required"),
+    "manifest nested deep": (lambda f: (f / "manifest.json").write_text("[" * 5000), "cannot be read"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text('{"schema'), "cannot be read"),
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[]"), "schema_version"),

@@ -1,5 +1,8 @@
 """`sft show`: the marks stand exactly around the supervised text."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,15 @@ def test_colours_on_a_terminal(out: Path) -> None:
     green = "".join(text.plain[span.start : span.end] for span in text.spans if span.style == "bold green")
     assert green == " la [bold]é[/bold]</s>"
     assert "⟦" not in text.plain
+
+
+def test_text_that_the_output_cannot_encode_is_escaped(out: Path) -> None:
+    """In a log with ASCII output, as under LC_ALL=C."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "data_prep.show", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u27e6 la [bold]\\xe9[/bold]</s>\\u27e7" in done.stdout
 
 
 def test_bad_requests_are_refused(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
