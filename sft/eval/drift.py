@@ -9,12 +9,14 @@ from rich.console import Console
 
 from sft.config import DriftConfig
 from sft.errors import GateFailed, UserError, run_command
-from sft.eval.ranks import join_ranks
+from sft.eval.ranks import join_ranks, read_place
 from sft.eval.report import compare, gate_line, to_markdown, to_table
-from sft.eval.results import make_folder, write_atomically, write_results
-from sft.eval.run import Scored, check_comparable, load_items, prepare, score_prepared
+from sft.eval.results import RESULT_FILES, make_folder, write_atomically, write_results
+from sft.eval.run import Scored, check_comparable, describe_truncation, load_items, prepare, score_prepared
 from sft.settings import load
 
+REPORT_FILES = ("drift.json", "drift.md")
+"""drift.json vouches for all the rest: written last, removed first."""
 LOG_WIDTH = 100
 """Columns of the table where there is no terminal, whose width would be known."""
 
@@ -27,15 +29,19 @@ def main(argv: Sequence[str]) -> None:
         GateFailed: a task's headline accuracy dropped by more than --gate.max_drop.
     """
     options = load(DriftConfig, argv, prog="sft drift")
-    make_folder(Path(options.out))
+    if read_place()[0] == 0:
+        make_folder(Path(options.out), REPORT_FILES)
+        for side in ("base", "tuned"):
+            make_folder(Path(options.out) / side, RESULT_FILES)
     items, sources = load_items(options)
     base, tuned = prepare(options.base, items), prepare(options.tuned, items)
     check_comparable(base, tuned)
     with join_ranks() as ranks:
         if ranks.rank == 0:
-            Console().print("\n".join(sources), markup=False, soft_wrap=True)
-        scored_base = score_prepared(base, options, ranks)
-        scored_tuned = score_prepared(tuned, options, ranks)
+            lines = [*sources.values(), *describe_truncation(base)]  # the tuned model's requests are the same
+            Console().print("\n".join(lines), markup=False, soft_wrap=True)
+        scored_base = score_prepared(base, options, ranks, sources)
+        scored_tuned = score_prepared(tuned, options, ranks, sources)
         if ranks.rank == 0:
             _report(options, scored_base, scored_tuned)
 
@@ -44,7 +50,6 @@ def _report(options: DriftConfig, base: Scored, tuned: Scored) -> None:
     out = Path(options.out)
     report = compare(base, tuned, options.gate.max_drop)
     try:
-        (out / "drift.json").unlink(missing_ok=True)  # written last, it vouches for all the rest
         write_results(out / "base", base.header, base.records)
         write_results(out / "tuned", tuned.header, tuned.records)
         write_atomically(out / "drift.md", to_markdown(report))

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.config import EvalConfig
-from sft.eval.ranks import join_ranks
-from sft.eval.results import make_folder, write_results
-from sft.eval.run import load_items, prepare, score_prepared
+from sft.eval.ranks import join_ranks, read_place
+from sft.eval.results import RESULT_FILES, make_folder, write_results
+from sft.eval.run import describe_truncation, load_items, prepare, score_prepared
 from sft.settings import load
 
 
@@ -21,12 +21,15 @@ def main(argv: Sequence[str]) -> None:
     """
     options = load(EvalConfig, argv, prog="sft eval")
     console = Console()
-    make_folder(Path(options.out))
+    if read_place()[0] == 0:
+        make_folder(Path(options.out), RESULT_FILES)
     items, sources = load_items(options)
     with join_ranks() as ranks:
+        prepared = prepare(options.model, items)
         if ranks.rank == 0:
-            console.print("\n".join(sources), markup=False, soft_wrap=True)
-        scored = score_prepared(prepare(options.model, items), options, ranks)
+            lines = [*sources.values(), *describe_truncation(prepared)]
+            console.print("\n".join(lines), markup=False, soft_wrap=True)
+        scored = score_prepared(prepared, options, ranks, sources)
         if ranks.rank == 0:
             results = write_results(Path(options.out), scored.header, scored.records)
             console.print(_table(results["tasks"]))

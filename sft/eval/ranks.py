@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from sft.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -18,10 +20,22 @@ class Ranks:
     device: torch.device
 
 
+def read_place() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher's environment says; (0, 1) without a launcher.
+
+    Raises:
+        UserError: the variables hold no numbers.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal()):
+        raise UserError(f"environment: RANK is {rank!r}, WORLD_SIZE is {world!r}; launchers set numbers: unset them")
+    return int(rank), int(world)
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Take part in the launcher's group (WORLD_SIZE > 1 in the environment), or be alone."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = read_place()
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
     if has_gpu:

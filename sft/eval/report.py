@@ -63,10 +63,15 @@ def to_markdown(report: dict[str, Any]) -> str:
             rows = [(name, row) for part in ("categories", "subjects") for name, row in result[part].items()]
             lines += [f"## {task} by category and subject", "", *_markdown_table("subject", rows), ""]
     lines += [HOW_TO_READ, "## Computed from", ""]
-    for key in ("dtype", "device", "attention", "max_length", "tokens_per_batch", "limit", "parity_with"):
+    for key in ("data", "dtype", "device", "attention", "max_length", "tokens_per_batch", "limit", "parity_with"):
         lines.append(f"* {key}: {report['base'][key]}")
     for task, details in report["base"]["tasks"].items():
-        lines.append(f"* {task}: {details['shots']}-shot, items sha256 `{details['items_sha256'][:16]}`")
+        lines.append(f"* {details['source']}")
+        lines.append(
+            f"* {task}: {details['shots']}-shot, items sha256 `{details['items_sha256'][:16]}`, "
+            f"{details['truncated_items']} of {report['tasks'][task]['n']} items longer than max_length, cut at their "
+            "beginning"
+        )
     lines += [
         f"* weights sha256: base `{report['base']['weights_sha256'][:16]}`, "
         f"tuned `{report['tuned']['weights_sha256'][:16]}`"

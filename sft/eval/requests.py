@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sft.errors import UserError
-from sft.eval.tasks.item import Item
+from sft.eval.tasks.item import NUM_CHOICES, Item
 from sft.tokenizer import Tokenizer
 
 ITEMS_PER_CALL = 256
@@ -30,6 +30,10 @@ class Request:
         ids = np.concatenate([self.ctx_ids, self.cont_ids])
         return ids[-(max_length + 1) :][:-1], self.cont_ids
 
+    def is_cut(self, max_length: int) -> bool:
+        """Whether `clip` drops tokens from the beginning."""
+        return len(self.ctx_ids) + len(self.cont_ids) > max_length + 1
+
 
 def build_requests(items: Sequence[Item], tokenizer: Tokenizer, max_length: int) -> list[Request]:
     """Requests of all items, choice by choice: request 4 i + c scores choice c of item i.
@@ -45,6 +49,11 @@ def build_requests(items: Sequence[Item], tokenizer: Tokenizer, max_length: int)
     for start in range(0, len(items), ITEMS_PER_CALL):
         requests += _encode_items(items[start : start + ITEMS_PER_CALL], tokenizer, max_length)
     return requests
+
+
+def count_truncated(requests: Sequence[Request], max_length: int) -> int:
+    """Items of which at least one request loses its beginning, as in lm_eval."""
+    return len({number // NUM_CHOICES for number, request in enumerate(requests) if request.is_cut(max_length)})
 
 
 def digest_requests(requests: Sequence[Request]) -> str:

@@ -16,7 +16,7 @@ from sft.config import ScoreOptions
 from sft.errors import UserError
 from sft.eval import score
 from sft.eval.ranks import Ranks, join_ranks
-from sft.eval.requests import Request, build_requests, digest_requests
+from sft.eval.requests import Request, build_requests, count_truncated, digest_requests
 from sft.eval.results import Record, make_records
 from sft.eval.tasks import data, hellaswag, mmlu
 from sft.eval.tasks.item import NUM_CHOICES, Item, digest_items
@@ -45,14 +45,14 @@ class Scored:
     records: dict[str, list[Record]]
 
 
-def load_items(options: ScoreOptions) -> tuple[dict[str, list[Item]], list[str]]:
+def load_items(options: ScoreOptions) -> tuple[dict[str, list[Item]], dict[str, str]]:
     """Items of every task, and for each a line that says which files they came from.
 
     Raises:
         UserError: data are missing, malformed, or too few for the shots.
     """
     items: dict[str, list[Item]] = {}
-    sources = []
+    sources: dict[str, str] = {}
     for task in dict.fromkeys(options.tasks):
         if task == "mmlu":
             subjects, source = data.load_mmlu(Path(options.data))
@@ -62,7 +62,7 @@ def load_items(options: ScoreOptions) -> tuple[dict[str, list[Item]], list[str]]
             shots = options.shots.hellaswag
             validation, train, source = data.load_hellaswag(Path(options.data), need_train=shots > 0)
             items[task] = hellaswag.build_items(validation, train, shots, options.limit)
-        sources.append(source)
+        sources[task] = source
     return items, sources
 
 
@@ -72,14 +72,26 @@ def prepare(folder: str, items: dict[str, list[Item]]) -> Prepared:
     Raises:
         UserError: config or tokenizer are missing, or the tokenizer cannot be scored.
     """
+    config = score.read_config(folder)  # first: the tokenizer's loader reads it too, and would be blamed for it
     tokenizer = load_tokenizer(folder)
-    max_length = score.read_max_length(folder, tokenizer.hf)
+    max_length = score.read_max_length(config, tokenizer.hf)
     requests = {task: build_requests(group, tokenizer, max_length) for task, group in items.items()}
     return Prepared(folder, tokenizer, max_length, items, requests)
 
 
-def score_prepared(prepared: Prepared, options: ScoreOptions, ranks: Ranks) -> Scored:
-    """Load the weights, score all requests, free the weights.
+def describe_truncation(prepared: Prepared) -> list[str]:
+    """A line for every task some of whose items are longer than the model's context."""
+    counts = {task: count_truncated(requests, prepared.max_length) for task, requests in prepared.requests.items()}
+    return [
+        f"{task}: {count} of {len(prepared.items[task])} items are longer than the model's "
+        f"{prepared.max_length} tokens and lose their beginning"
+        for task, count in counts.items()
+        if count
+    ]
+
+
+def score_prepared(prepared: Prepared, options: ScoreOptions, ranks: Ranks, sources: dict[str, str]) -> Scored:
+    """Load the weights, score all requests, free the weights. `sources` (by task) go into the header.
 
     Raises:
         UserError: the weights cannot be loaded, or give scores that are not finite.
@@ -99,7 +111,7 @@ def score_prepared(prepared: Prepared, options: ScoreOptions, ranks: Ranks) -> S
         records[task] = make_records(prepared.items[task], scores.reshape(-1, NUM_CHOICES))
     del model
     gc.collect()  # a drift run loads the next model into the same memory
-    return Scored(_header(prepared, options, ranks, dtype), records)
+    return Scored(_header(prepared, options, ranks, dtype, sources), records)
 
 
 def score_model(model_dir: str, options: ScoreOptions) -> dict[str, list[Record]]:
@@ -108,9 +120,9 @@ def score_model(model_dir: str, options: ScoreOptions) -> dict[str, list[Record]
     Raises:
         UserError: data, model or tokenizer cannot be used.
     """
-    items, _ = load_items(options)
+    items, sources = load_items(options)
     with join_ranks() as ranks:
-        return score_prepared(prepare(model_dir, items), options, ranks).records
+        return score_prepared(prepare(model_dir, items), options, ranks, sources).records
 
 
 def check_comparable(base: Prepared, tuned: Prepared) -> None:
@@ -144,7 +156,9 @@ def _first_difference(items: Sequence[Item], base: Sequence[Request], tuned: Seq
     return "no item"
 
 
-def _header(prepared: Prepared, options: ScoreOptions, ranks: Ranks, dtype: torch.dtype) -> dict[str, Any]:
+def _header(
+    prepared: Prepared, options: ScoreOptions, ranks: Ranks, dtype: torch.dtype, sources: dict[str, str]
+) -> dict[str, Any]:
     """What the scores depend on; per task under "tasks"."""
     on_gpu = ranks.device.type == "cuda"
     return {
@@ -152,6 +166,7 @@ def _header(prepared: Prepared, options: ScoreOptions, ranks: Ranks, dtype: torc
         "weights_sha256": _digest_weights(prepared.folder) if ranks.rank == 0 else "",
         "tokenizer_sha256": prepared.tokenizer.digest,
         "bos": list(prepared.tokenizer.bos),
+        "data": options.data,
         "max_length": prepared.max_length,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
@@ -164,10 +179,12 @@ def _header(prepared: Prepared, options: ScoreOptions, ranks: Ranks, dtype: torc
         | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "tasks": {
             task: {
+                "source": sources[task],
                 "shots": getattr(options.shots, task),
                 "fewshot_seed": hellaswag.FEWSHOT_SEED if task == "hellaswag" else None,
                 "items_sha256": digest_items(items),
                 "requests_sha256": digest_requests(prepared.requests[task]),
+                "truncated_items": count_truncated(prepared.requests[task], prepared.max_length),
             }
             for task, items in prepared.items.items()
         },

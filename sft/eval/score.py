@@ -35,16 +35,51 @@ class Forward:
     """(request number, its scored ids): they end one position after the last input id."""
 
 
-def read_max_length(folder: str, tokenizer: Any) -> int:
+def read_config(folder: str) -> Any:
+    """The transformers config of a model folder.
+
+    Raises:
+        UserError: the folder or its config.json is missing, torn, or holds values that no model can have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = Path(folder)
+    try:
+        if not path.is_dir():
+            raise UserError(
+                f"model {folder}: no such folder; give a local folder with config.json, safetensors and tokenizer"
+            )
+        if not (path / "config.json").is_file():
+            raise UserError(f"model {folder}: holds no config.json; is it a Hugging Face model folder?")
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # A nonsense value shows up as whichever of these transformers stumbles into.
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {folder}/config.json: cannot be used: {reason}; correct or complete it") from error
+
+
+def read_max_length(config: Any, tokenizer: Any) -> int:
     """Context length in tokens: the config's, else the (transformers) tokenizer's, else 2048, as lm_eval decides.
 
     Raises:
-        UserError: the folder or its config.json is missing or unreadable.
+        UserError: the config's is not positive.
     """
-    config = _read_config(folder)
-    config = getattr(config, "text_config", None) or config
+    text_config = getattr(config, "text_config", None) or config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (value := getattr(config, name, None)) is not None:
+        if (value := getattr(text_config, name, None)) is not None:
+            if value < 1:
+                raise UserError(f"model {config.name_or_path}/config.json: {name} is {value}; need at least 1 token")
             return int(value)
     limit = tokenizer.model_max_length
     return DEFAULT_MAX_LENGTH if limit is None or limit == UNSET_MAX_LENGTH else int(limit)
@@ -56,7 +91,7 @@ def load_model(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         UserError: config or weights are missing, torn, pickled, or do not fit each other.
     """
-    _read_config(folder)
+    read_config(folder)
     return load_causal_lm(folder, dtype=dtype, attention=ATTENTION).to(device).eval()
 
 
@@ -161,19 +196,3 @@ def _check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
         raise UserError(
             f"the tokenizer gives id {largest}, the model has {rows} embeddings; is it the model's own tokenizer?"
         )
-
-
-def _read_config(folder: str) -> Any:
-    from transformers import AutoConfig
-
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(
-            f"model {folder}: no such folder; give a local folder with config.json, safetensors and tokenizer"
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(f"model {folder}: holds no config.json; is it a Hugging Face model folder?")
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model {folder}/config.json: cannot be used: {' '.join(str(error).split())[:300]}") from error

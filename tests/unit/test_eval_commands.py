@@ -3,11 +3,15 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
+from sft.config import DriftConfig
 from sft.errors import UserError, run_command
 from sft.eval import drift, evaluate
+from sft.eval.run import load_items
+from sft.settings import load
 from tests import tiny
 
 RECORD_FIELDS = ["task", "subject", "doc_id", "gold", "lls", "pred", "pred_norm", "correct", "correct_norm"]
@@ -78,9 +82,14 @@ def test_eval_writes_records_and_results(world, tmp_path, capsys):
     assert results["tasks"]["hellaswag"]["shots"] == 3
     header = results["header"]
     assert (header["dtype"], header["max_length"], header["bos"]) == ("float32", 2048, [1])
+    assert header["data"] == str(world / "data")
+    assert results["tasks"]["mmlu"]["source"].startswith(f"MMLU from {world}/data/cais/mmlu (jsonl): 2 subjects")
+    assert "20 test rows" in results["tasks"]["mmlu"]["source"]
+    assert results["tasks"]["hellaswag"]["source"].endswith(": 30 validation rows, 30 train rows")
     assert len(header["weights_sha256"]) == len(header["tokenizer_sha256"]) == 64
     printed = capsys.readouterr().out
     assert "MMLU from" in printed
+    assert "items are longer" not in printed
     assert "results.json" in printed
 
 
@@ -137,7 +146,81 @@ def test_drift_counts_what_the_records_say(world, tmp_path, capsys):
         "How to read",
     ):
         assert words in markdown
+    for line in (f"* data: {world}/data", f"* MMLU from {world}/data", f"* HellaSwag from {world}/data"):
+        assert line in markdown
+    assert "9 items longer than max_length" in markdown
     assert "drift.md" in capsys.readouterr().out
+
+
+def test_items_that_lose_their_beginning_are_counted_and_told(world, tmp_path, capsys):
+    items, _ = load_items(load(DriftConfig, drift_flags(world, tmp_path), prog="sft drift"))
+    lengths = [1 + len(f"{item.context} A") for item in items["mmlu"]]  # BOS, and one token per byte
+    room = sorted(lengths)[8] - 2  # the last token is predicted, not read
+    cut = sum(length > room + 1 for length in lengths)
+    assert 0 < cut < 16
+    short = tiny.make_model(world / "cut", max_position_embeddings=room)
+    drift.main(drift_flags(world, tmp_path, base=short.name, tuned=short.name))
+    report = json.loads((tmp_path / "drift.json").read_text())
+    assert report["tuned"]["tasks"]["mmlu"]["truncated_items"] == cut
+    assert report["tuned"]["tasks"]["hellaswag"]["truncated_items"] == 0
+    assert f"{cut} of 16 items longer than max_length" in (tmp_path / "drift.md").read_text()
+    printed = capsys.readouterr().out
+    assert f"mmlu: {cut} of 16 items are longer than the model's {room} tokens and lose their beginning" in printed
+    assert "hellaswag: " not in printed
+
+
+def test_no_results_of_an_earlier_run_stay(world, tmp_path):
+    evaluate.main(eval_flags(world, tmp_path / "eval", "--limit", "2"))
+    (tmp_path / "eval" / "notes.txt").write_text("mine")
+    evaluate.main(eval_flags(world, tmp_path / "eval", "--limit", "2", "--tasks", "mmlu"))
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [
+        "items-mmlu.jsonl",
+        "notes.txt",
+        "results.json",
+    ]
+    drift.main(drift_flags(world, tmp_path / "drift", "--limit", "2"))
+    for command, flags in (
+        (evaluate.main, eval_flags(world, tmp_path / "eval", model="absent")),
+        (drift.main, drift_flags(world, tmp_path / "drift", tuned="absent")),
+    ):
+        assert run_command(command, flags) == 2
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_only_the_first_rank_clears_the_folder(world, tmp_path, monkeypatch):
+    """The second one may come late, when the first one has written."""
+    evaluate.main(eval_flags(world, tmp_path, "--limit", "2"))
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(evaluate.main, eval_flags(world, tmp_path, model="absent")) == 2
+    assert (tmp_path / "results.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert run_command(evaluate.main, eval_flags(world, tmp_path, model="absent")) == 2
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["results.json", "items-mmlu.jsonl", "drift.json", "drift.md", "tuned/results.json"])
+def test_a_folder_in_a_results_place_is_found_before_the_scoring(world, tmp_path, capsys, name):
+    """The model is missing too: what is told first was looked at first."""
+    (tmp_path / name).mkdir(parents=True)
+    command, flags = evaluate.main, eval_flags(world, tmp_path, model="absent")
+    if name.startswith(("drift", "tuned")):
+        command, flags = drift.main, drift_flags(world, tmp_path, base="absent")
+    assert run_command(command, flags) == 2
+    assert f"{name}: cannot be written: Is a directory" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_found_before_the_scoring(world, capsys):
+    taken = Path("/proc/self/net")
+    if not taken.is_dir():
+        pytest.skip("no /proc: no folder that refuses files even to root")
+    assert run_command(evaluate.main, eval_flags(world, taken, model="absent")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_no_number_is_one_line(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    assert run_command(evaluate.main, eval_flags(world, tmp_path)) == 2
+    assert "RANK is 'x'" in capsys.readouterr().err
 
 
 def test_a_model_against_itself_shows_no_change(world, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sft.errors import UserError
-from sft.eval.requests import Request, build_requests, digest_requests
+from sft.eval.requests import Request, build_requests, count_truncated, digest_requests
 from sft.eval.tasks.item import Item
 from sft.tokenizer import load_tokenizer
 from tests import tiny
@@ -80,6 +80,17 @@ def test_truncation_keeps_the_last_tokens_plus_one():
     read, _ = request.clip(max_length=12)
     assert read.tolist() == list(range(10, 22))
     assert request.clip(max_length=500)[0].tolist() == list(range(10, 22))
+
+
+def test_items_that_lose_tokens_are_counted_once():
+    def request(num_ctx, num_cont):
+        return Request(np.zeros(num_ctx, dtype=np.int32), np.ones(num_cont, dtype=np.int32))
+
+    short, fits, long = request(5, 1), request(8, 3), request(8, 4)
+    assert (fits.clip(10)[0].size, long.clip(10)[0].size) == (10, 10)
+    requests = [short, fits, fits, fits, *[short, long, short, long], *[long] * 4]
+    assert count_truncated(requests, 10) == 2
+    assert count_truncated(requests, 11) == 0
 
 
 def test_a_tokenizer_that_appends_eos_is_refused(tmp_path):

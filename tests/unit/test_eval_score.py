@@ -13,6 +13,7 @@ from sft.eval import score
 from sft.eval.ranks import Ranks, merge
 from sft.eval.requests import Request
 from sft.eval.results import make_records, summarize
+from sft.eval.run import prepare
 from sft.eval.tasks.item import Item
 from tests import tiny
 
@@ -141,6 +142,36 @@ def test_model_folders_that_cannot_be_used(folder, tmp_path):
         load(bare)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "cannot be used"),
+        ("1", "cannot be used"),
+        ('{"model_type": "llama", ', "cannot be used: .*not a valid JSON file"),
+        ({"hidden_size": "x"}, "cannot be used: .*'hidden_size'"),
+        ({"num_attention_heads": 3}, "cannot be used: .*not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 0}, "cannot be used"),
+        ({"dtype": "float99"}, "cannot be used: .*float99"),
+        ({"max_position_embeddings": -5}, "max_position_embeddings is -5; need at least 1 token"),
+    ],
+)
+def test_a_bad_config_is_one_line_and_not_the_tokenizers_fault(folder, tmp_path, content, message):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = copy / "config.json"
+    whole = json.loads(config.read_text())
+    config.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    with pytest.raises(UserError, match=f"^model .*copy/config.json: {message}") as caught:
+        prepare(str(copy), {})
+    assert "\n" not in str(caught.value)
+    config.write_text(json.dumps(whole))
+    assert prepare(str(copy), {}).max_length == 512
+
+
+def test_a_model_path_that_no_file_system_takes_is_one_line():
+    with pytest.raises(UserError, match="cannot be used: .*too long"):
+        score.read_config("a" * 300)
+
+
 def test_weights_that_lack_a_tensor_are_refused(folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -156,14 +187,14 @@ def test_max_length_is_the_configs_then_the_tokenizers(folder, tmp_path):
     class Limit:
         model_max_length = int(1e30)
 
-    assert score.read_max_length(str(folder), Limit()) == 512
+    assert score.read_max_length(score.read_config(str(folder)), Limit()) == 512
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text()) | {"model_type": "mamba"}
     del config["max_position_embeddings"], config["architectures"]
     (other / "config.json").write_text(json.dumps(config))
-    assert score.read_max_length(str(other), Limit()) == 2048
+    assert score.read_max_length(score.read_config(str(other)), Limit()) == 2048
     Limit.model_max_length = 77
-    assert score.read_max_length(str(other), Limit()) == 77
+    assert score.read_max_length(score.read_config(str(other)), Limit()) == 77
 
 
 def test_records_ties_lengths_and_empty_endings():
