@@ -118,7 +118,12 @@ def write_packs(out: Path, tokenizer_folder: Path, vocab: int, options: argparse
         out,
         documents,
         pack(lengths, options.seq_len),
-        {"content_key": "benchmark", "seq_len": options.seq_len, "sources": [{"name": "synthetic"}], "tokenizer": facts},
+        {
+            "content_key": "benchmark",
+            "seq_len": options.seq_len,
+            "sources": [{"name": "synthetic"}],
+            "tokenizer": facts,
+        },
     )
 
 
