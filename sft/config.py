@@ -60,7 +60,7 @@ class PrepConfig(Section):
     seq_len: Annotated[int, Field(ge=8, le=2**24)] = 4096
     """Tokens per pack at most; the model's context length is a good choice."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    """A row longer than seq_len: dropped and counted; cut, its last token still a stop token; or an error."""
+    """A row longer than seq_len: dropped and counted; cut, without a stop token to learn; or an error."""
     heldout: Annotated[float, Field(ge=0)] = 0.0
     """Rows kept for held-out loss, chosen by a seeded hash: a fraction below 1, or a number of rows."""
     dedup: Literal["none", "exact"] = "exact"
