@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_GATE_FAILED = 3
@@ -42,6 +43,24 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def run_rank(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """`run_command` for one process of a group: leaves at once, with the exit code that it earned.
+
+    An orderly exit waits for nothing here: threads of the process group that are still alive would abort it
+    (SIGABRT), and the launcher would report that instead of the mistake.
+    """
+    try:
+        code = run_command(main)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from sft.engine import (
     dtype_table,
     start_distributed,
 )
-from sft.errors import UserError, run_command
+from sft.errors import UserError, run_rank
 from sft.guard import SkipCounter, prove_isolation
 from sft.hf_folder import export_checkpoint, verify_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
@@ -267,4 +266,4 @@ def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_rank(main)

@@ -4,12 +4,14 @@ Run: pytest tests/unit/test_strategy_and_cli.py
 """
 
 import json
+import sys
 
 import pytest
 
 from sft.cli import dispatch, take_ranks
 from sft.engine import OWNED_KEYS, read_strategy
 from sft.errors import GateFailed, UserError, run_command
+from tests import tiny
 
 GOOD = {"zero_optimization": {"stage": 3}}
 
@@ -98,3 +100,30 @@ def test_exit_codes(error, code, capsys):
 def test_a_crash_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(raising(ZeroDivisionError()), [])
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ("raise SystemExit", 0, ""),
+        ("raise SystemExit(5)", 5, ""),
+        ("raise UserError('what, where')", 2, "error: what, where"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_rank_leaves_with_its_own_code_whatever_its_threads_do(ending, code, said):
+    """A thread that never ends stands for those of a process group."""
+    program = f"""
+import threading, time
+from sft.errors import UserError, run_rank
+def main(argv):
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    print("started")
+    {ending}
+run_rank(main)
+"""
+    done = tiny.run([sys.executable, "-c", program], timeout_s=30)
+    assert done.returncode == code
+    assert done.stdout == "started\n"
+    assert said in done.stderr
