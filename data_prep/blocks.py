@@ -6,14 +6,12 @@ Blocks do not depend on the number of workers, so neither does anything that is 
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 import numpy as np
@@ -131,31 +129,91 @@ def encode_blocks(raw_blocks: Iterable[RawBlock], encoder: Encoder, workers: int
 
     Raises:
         UserError: from `Encoder.encode`, or a worker process was killed.
+        RuntimeError: a worker process failed; a defect of this program.
     """
     if workers == 1:
         yield from map(encoder.encode, raw_blocks)
         return
-    pending: deque[Future[Block]] = deque()
+    with _serial_tokenizers(), _started_workers(encoder, workers) as processes:
+        yield from _in_turn(enumerate(raw_blocks), processes)
+
+
+def _in_turn(raw_blocks: Iterator[tuple[int, RawBlock]], processes: dict[Connection, BaseProcess]) -> Iterator[Block]:
+    idle = list(processes)
+    busy: dict[Connection, int] = {}
+    finished: dict[int, Block | UserError] = {}
+    turn = 0
+    while True:
+        while idle and len(busy) + len(finished) < 4 * len(processes) and (raw := next(raw_blocks, None)):
+            busy[idle[-1]], block = raw
+            with _death_told(processes, idle[-1]):
+                idle.pop().send(block)
+        if not busy:
+            return
+        for connection in wait(list(busy)):
+            assert isinstance(connection, Connection)
+            with _death_told(processes, connection):
+                finished[busy.pop(connection)] = connection.recv()
+            idle.append(connection)
+        while turn in finished:
+            outcome = finished.pop(turn)
+            if isinstance(outcome, UserError):
+                raise outcome
+            yield outcome
+            turn += 1
+
+
+@contextmanager
+def _started_workers(encoder: Encoder, workers: int) -> Iterator[dict[Connection, BaseProcess]]:
+    """Worker processes by the connection to each.
+
+    Not a ProcessPoolExecutor: its workers outlive a killed parent, and it waits for ever for the rest of a result
+    where a worker is killed while it sends one. Here both sides see the end of their own connection.
+    """
     # fork: the loaded tokenizer is shared with the workers instead of being loaded again by each.
     context = multiprocessing.get_context("fork")
-    with (
-        _serial_tokenizers(),
-        ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,)) as pool,
-    ):
-        try:
-            for raw in raw_blocks:
-                pending.append(pool.submit(_encode_in_worker, raw))
-                if len(pending) >= 4 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError(
-                f"a worker process was killed, perhaps out of memory; lower workers (now {workers})"
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
+    processes: dict[Connection, BaseProcess] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes[ours] = context.Process(target=_work, args=(encoder, theirs, [*processes, ours]), daemon=True)
+            processes[ours].start()
+            theirs.close()
+        yield processes
+    finally:
+        for connection, process in processes.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _work(encoder: Encoder, connection: Connection, parents_ends: list[Connection]) -> None:
+    for end in parents_ends:  # inherited by fork; while a worker holds them open, no connection ends with the parent
+        end.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # a terminal or a scheduler tells the whole group; the parent decides
+    with suppress(EOFError, ConnectionError):
+        while True:
+            block = connection.recv()
+            try:
+                outcome: Block | UserError = encoder.encode(block)
+            except UserError as error:
+                outcome = error
+            connection.send(outcome)
+
+
+@contextmanager
+def _death_told(processes: dict[Connection, BaseProcess], connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
+        process = processes[connection]
+        process.join()
+        if process.exitcode is not None and process.exitcode >= 0:
+            raise RuntimeError("a worker process failed; its traceback is above") from None
+        raise UserError(
+            f"a worker process was killed, perhaps out of memory; lower workers (now {len(processes)})"
+        ) from None
 
 
 @contextmanager
@@ -170,26 +228,3 @@ def _serial_tokenizers() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-_worker_encoder: Encoder
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder  # noqa: PLW0603 (the only way to hand a forked worker what cannot be pickled)
-    _worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Without this a killed parent leaves workers behind that wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(block: RawBlock) -> Block:
-    return _worker_encoder.encode(block)

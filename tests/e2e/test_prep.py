@@ -114,12 +114,22 @@ def job(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to find workers in")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_workers_end_with_the_job(job: Callable[[str], subprocess.Popen[str]], number: int, code: int) -> None:
+@pytest.mark.parametrize(
+    ("kill", "number", "code"),
+    [
+        (os.kill, signal.SIGKILL, -9),
+        (os.kill, signal.SIGTERM, 143),
+        (os.killpg, signal.SIGTERM, 143),
+        (os.killpg, signal.SIGINT, 130),
+    ],
+)
+def test_workers_end_with_the_job(
+    job: Callable[[str], subprocess.Popen[str]], kill: Callable[[int, int], None], number: int, code: int
+) -> None:
     process = job(ENDLESS)
     wait_until(lambda: len(children(process.pid)) == 3)
     workers = children(process.pid)
-    os.kill(process.pid, number)
+    kill(process.pid, number)
     assert process.wait(60) == code
     wait_until(lambda: all(state(worker)[0] == "Z" for worker in workers))
 

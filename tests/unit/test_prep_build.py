@@ -1,9 +1,12 @@
 """The whole job in one process: exact rows, every row accounted for, the same bytes for any number of workers."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -344,6 +347,55 @@ def test_a_killed_worker_is_told(tokenizer: Path, source: Path, monkeypatch: pyt
     encoder = blocks.Encoder(load_tokenizer(tokenizer), 512, "drop")
     with pytest.raises(UserError, match="worker process was killed"):
         list(blocks.encode_blocks(blocks.read_blocks(0, str(source), "alpaca"), encoder, workers=2))
+
+
+def test_a_worker_killed_in_the_middle_of_its_answer_is_told(
+    tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = blocks.Encoder.encode
+
+    def answer_too_large_for_the_pipe(encoder: blocks.Encoder, block: blocks.RawBlock) -> Any:
+        if block.rows[0][0] == 1:
+            return encode(encoder, block)
+        time.sleep(0.3)  # until the first block is taken
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(10**7)
+
+    monkeypatch.setattr(blocks.Encoder, "encode", answer_too_large_for_the_pipe)
+    encoder = blocks.Encoder(load_tokenizer(tokenizer), 512, "drop")
+    encoded = blocks.encode_blocks(blocks.read_blocks(0, str(source), "alpaca"), encoder, workers=2)
+    assert next(encoded).row_numbers[0] == 1
+    time.sleep(1.5)
+    with pytest.raises(UserError, match="worker process was killed"):
+        next(encoded)
+
+
+def test_a_crash_in_a_worker_is_a_crash(
+    tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(blocks.Encoder, "encode", lambda *_: 1 / 0)
+    encoder = blocks.Encoder(load_tokenizer(tokenizer), 512, "drop")
+    with pytest.raises(RuntimeError, match="its traceback is above"):
+        list(blocks.encode_blocks(blocks.read_blocks(0, str(source), "alpaca"), encoder, workers=2))
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_blocks_come_in_order_from_unequal_workers(
+    tokenizer: Path, source: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    encode = blocks.Encoder.encode
+
+    def first_is_slow(encoder: blocks.Encoder, block: blocks.RawBlock) -> blocks.Block:
+        time.sleep(0.5 if block.rows[0][0] == 1 else 0)
+        return encode(encoder, block)
+
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(blocks.Encoder, "encode", first_is_slow)
+    encoder = blocks.Encoder(load_tokenizer(tokenizer), 4096, "drop")
+    encoded = blocks.encode_blocks(blocks.read_blocks(0, str(source), "alpaca"), encoder, workers)
+    assert [number for block in encoded for number in block.row_numbers.tolist()] == list(range(1, 701))
+    assert multiprocessing.active_children() == []
 
 
 def test_the_manifest_describes_the_build(tmp_path: Path, tokenizer: Path, source: Path) -> None:
