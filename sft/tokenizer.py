@@ -107,16 +107,11 @@ def load_sentencepiece(model: Path) -> Any:
         raise UserError(f"tokenizer {model}: sentencepiece cannot read it; is the file whole?") from error
 
 
-def _load_hf(path: Path) -> tuple[Any, tuple[int, ...]]:
-    """The transformers tokenizer, and what it puts before a text. Code that the folder brings is never run."""
+def folder_errors() -> tuple[type[Exception], ...]:
+    """What a nonsense value in a model folder's JSON shows up as: whichever of these transformers stumbles into."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer
 
-    try:
-        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        first = hf.encode("a")[:1]
-    # A nonsense value in one of the JSON files shows up as whichever of these transformers stumbles into.
-    except (
+    return (
         OSError,
         ValueError,
         LookupError,
@@ -126,7 +121,17 @@ def _load_hf(path: Path) -> tuple[Any, tuple[int, ...]]:
         RecursionError,
         ImportError,
         StrictDataclassError,
-    ) as error:
+    )
+
+
+def _load_hf(path: Path) -> tuple[Any, tuple[int, ...]]:
+    """The transformers tokenizer, and what it puts before a text. Code that the folder brings is never run."""
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        first = hf.encode("a")[:1]
+    except folder_errors() as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"tokenizer {path}: transformers cannot load it, check its tokenizer files and config.json: {reason}"

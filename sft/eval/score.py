@@ -17,6 +17,7 @@ from sft.eval.ranks import Ranks, merge
 from sft.eval.requests import Request
 from sft.pretrained import load_causal_lm
 from sft.progress import track
+from sft.tokenizer import folder_errors
 
 ATTENTION = "sdpa"
 DEFAULT_MAX_LENGTH = 2048
@@ -41,7 +42,6 @@ def read_config(folder: str) -> Any:
     Raises:
         UserError: the folder or its config.json is missing, torn, or holds values that no model can have.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(folder)
@@ -53,18 +53,7 @@ def read_config(folder: str) -> Any:
         if not (path / "config.json").is_file():
             raise UserError(f"model {folder}: holds no config.json; is it a Hugging Face model folder?")
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # A nonsense value shows up as whichever of these transformers stumbles into.
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        ImportError,
-        StrictDataclassError,
-    ) as error:
+    except folder_errors() as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model {folder}/config.json: cannot be used: {reason}; correct or complete it") from error
 
