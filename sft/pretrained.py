@@ -42,6 +42,7 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below by name; transformers would print a table
             output_loading_info=True,

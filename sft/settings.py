@@ -65,7 +65,7 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str
     for name, text in given.items():
         problem = _set_dotted(values, name, _parse_value(text, dict(walk_options(model))[name]))
         problems += [problem] if problem else []
-    if "\\u0000" in json.dumps(values, default=str):
+    if "\\u0000" in _as_text(values, flags.config):
         problems += ["a value holds a NUL character, which no path and no name can have"]
     try:
         config = model.model_validate(values)
@@ -167,6 +167,13 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: must hold `key: value` lines, got a {type(values).__name__}")
     return values
+
+
+def _as_text(values: dict[str, Any], file: str | None) -> str:
+    try:
+        return json.dumps(values, default=str)
+    except (ValueError, RecursionError):
+        raise UserError(f"--config {file}: refers to itself; remove the alias inside its own anchor") from None
 
 
 def _set_dotted(values: dict[str, Any], name: str, value: Any) -> str | None:

@@ -329,3 +329,10 @@ def test_a_nul_character_is_refused(tmp_path):
     file.write_text('model: {path: "a\\0b"}\ndata: {train: d}\nout: o\n')
     with pytest.raises(UserError, match="NUL"):
         load(RunConfig, ["--config", str(file)], prog="sft train")
+
+
+def test_a_file_that_refers_to_itself_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("out: o\ndata: &a {train: *a}\n")
+    with pytest.raises(UserError, match="refers to itself"):
+        load(RunConfig, ["--config", str(file)], prog="sft train")
