@@ -45,6 +45,8 @@ def main() -> None:
     """Print one table: ours, the peer's, the ratio."""
     gpu = torch.cuda.is_available()
     quiet_libraries()
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # for transformers, which imports deepspeed
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="1b,3b" if gpu else "20m", help="of " + ", ".join(SHAPES))
     parser.add_argument("--seq-len", type=int, default=4096 if gpu else 1024)
