@@ -12,6 +12,10 @@ OVERLONG = "overlong"
 OVERLONG_PROMPT = "overlong_prompt"
 NOT_SAMPLED = "not_sampled"
 DUPLICATE = "duplicate"
+NOTHING_SUPERVISED = "nothing_supervised"
+TEMPLATE_REFUSES_ROW = "template_refuses_row"
+TEMPLATE_CHANGES_HISTORY = "template_changes_history"
+TEMPLATE_CHANGES_TEXT = "template_changes_text"
 
 MEANING = {
     EMPTY_OUTPUT: "the supervised text is empty or only spaces",
@@ -22,6 +26,10 @@ MEANING = {
     OVERLONG_PROMPT: "the prompt leaves no room for a response within seq_len",
     NOT_SAMPLED: "not in the sample that the source's weight asks for",
     DUPLICATE: "equal prompt and response as an earlier row",
+    NOTHING_SUPERVISED: "every turn that would be supervised is excluded by weight: 0 or train: false",
+    TEMPLATE_REFUSES_ROW: "the template has no place for these turns: roles must alternate, or no tool turns",
+    TEMPLATE_CHANGES_HISTORY: "the prompt that inference gives the model is not how the rendered conversation begins",
+    TEMPLATE_CHANGES_TEXT: "the template does not render a supervised turn as its text and the stop token",
 }
 
 
