@@ -147,6 +147,13 @@ class PrepConfig(Section):
         return self
 
 
+class VerifyConfig(Section):
+    shards: str
+    """Folder written by `sft prep`, or the folder of one split below it."""
+    tokenizer: str | None = None
+    """Tokenizer folder; default: the one the manifest names, where it is there."""
+
+
 # Augmentation
 
 
@@ -408,6 +415,10 @@ class ShowConfig(Section):
     """Packs to print."""
     start: Annotated[int, Field(ge=0)] = 0
     """First pack to print."""
+    doc: Annotated[int, Field(ge=0)] | None = None
+    """Print only the document with this id (the input row over all sources, from 0), wherever it is packed."""
+    html: str | None = None
+    """Write a self-contained page to this file instead, with every token and its id."""
     tokenizer: str | None = None
     """Tokenizer folder; default: the one the manifest names."""
 
