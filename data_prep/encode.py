@@ -1,125 +1,155 @@
-"""Example to token ids and the number of unsupervised leading tokens, with the proof that the split is right.
+"""Examples to token ids and supervised runs, with the proof that the runs are right.
 
-A document is `bos + prompt ids + response ids + [eos]`; response ids and eos are supervised. A response that was
-cut ends without eos: the model must not learn to stop in the middle of a sentence. The prompt ids are exactly
-those of the prompt alone, so what the model reads at inference is a prefix of what it was trained on.
+A document is `bos`, then each text of the example, each followed by EOS where the example says `stop`. The ids of a
+text are those of the whole text wherever they begin with the ids of every prompt in it, so that what the model reads
+at inference is a strict prefix of what it was trained on. `reference_document` is the definition: it asks the
+reference tokenizer, and decodes. `data_prep.at_once` is many times faster and proves the same by other means; a
+document that it cannot prove comes here.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-from data_prep.formats import Example
-from sft.errors import UserError
-from sft.tokenizer import Tokenizer, load_sentencepiece
+import numpy as np
+from numpy.typing import NDArray
 
-PROBE_TEXTS = (
-    "Below is an instruction that describes a task.\n\n### Response:\n",
-    "def f(x):\n    return  x  # two  spaces\n\n\n\tdone",
-    "naïve café, 你好世界, Привет, 🙂👩‍💻",
-    "1234567890 + 0.5 = ?  \n  <b>AT&T</b>",
-)
-
-
-@dataclass(frozen=True)
-class Document:
-    ids: list[int]
-    num_prefix: int
-    """Leading tokens that are not supervised: BOS and the prompt."""
-    truncated: bool = False
+from data_prep import filters
+from data_prep.at_once import encode_at_once
+from data_prep.documents import Document, Encoded, eos_of, join_documents, replace_documents
+from data_prep.example import Example
+from data_prep.fast import FastTokens
+from sft.tokenizer import Tokenizer
 
 
-def eos_of(tokenizer: Tokenizer) -> int:
-    """The id that ends every document.
+def encode_examples(
+    tokenizer: Tokenizer, fast: FastTokens | None, examples: Sequence[Example]
+) -> tuple[Encoded, dict[int, str]]:
+    """Documents of the examples, proved; those of the second value, by position, have a reason and no tokens."""
+    if fast is None:
+        return _by_reference(tokenizer, examples, None, np.zeros(len(examples), dtype=np.bool_))
+    encoded, proved = encode_at_once(tokenizer, fast, examples)
+    return (encoded, {}) if proved.all() else _by_reference(tokenizer, examples, encoded, proved)
 
-    Raises:
-        UserError: the tokenizer has none; a model trained without it never learns to stop.
+
+def reference_document(tokenizer: Tokenizer, example: Example) -> Document | str:
+    """The document by the reference tokenizer, or the reason why there is none: the definition of both ways.
+
+    Decoded in context, the ids up to the end of a supervised run must read as the ids up to its start, followed by
+    the supervised text: decoding a run alone would lose a leading space with SentencePiece tokenizers. Special tokens
+    stand only where the template or this function put them.
     """
-    if tokenizer.eos_id is None:
-        raise UserError(
-            f"tokenizer {tokenizer.path}: has no EOS token, so the model could not learn to stop; "
-            "set eos_token in its tokenizer_config.json"
-        )
-    return tokenizer.eos_id
+    ids, runs = list(tokenizer.bos), []
+    for text, spans in zip(example.texts, example.spans, strict=True):
+        whole, inner = _ids_and_runs(tokenizer, text, spans, specials_meant=not example.stop)
+        if inner is None or not whole:
+            return filters.SPAN_UNPROVED
+        if example.stop:
+            if not _text_forbidden_ids(tokenizer).isdisjoint(whole):
+                return filters.SPECIAL_TOKEN_IN_TEXT
+            if not tokenizer.special_ids.isdisjoint(whole):
+                return filters.SPAN_UNPROVED
+            # sentencepiece decodes control tokens to nothing, so the text alone would not show one that slipped in.
+        elif any(not _stops_once(tokenizer, whole[start:end]) for start, end in inner):
+            return filters.SPAN_UNPROVED
+        at = len(ids)
+        ids += whole
+        runs += [(at + start, at + end) for start, end in inner]
+        if example.stop:
+            ids.append(eos_of(tokenizer))
+            if inner and inner[-1][1] == len(whole):
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+    return Document(ids, runs)
 
 
-def text_forbidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def _ids_and_runs(
+    tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], specials_meant: bool
+) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """(ids, supervised runs) of one text; None for the runs where they cannot be proved."""
+    encode = _encode_with_specials if specials_meant else Tokenizer.encode
+    whole = encode(tokenizer, text)
+    runs = []
+    for start, end in spans:
+        before = encode(tokenizer, text[:start])
+        if whole[: len(before)] != before:
+            if len(spans) > 1 or end < len(text):
+                return whole, None
+            whole = before + encode(tokenizer, text[start:])
+        until = encode(tokenizer, text[:end]) if end < len(text) else whole
+        if whole[: len(until)] != until or len(until) <= len(before):
+            return whole, None
+        if _decode(tokenizer, until) != _decode(tokenizer, before) + text[start:end]:
+            return whole, None
+        runs.append((len(before), len(until)))
+    return whole, runs
+
+
+def _encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text in which names of special tokens mean those tokens; sentencepiece itself takes them for text."""
+    if tokenizer.sentencepiece is None:
+        return tokenizer.encode(text)
+    by_name = {tokenizer.token(token): token for token in tokenizer.special_ids}
+    ids: list[int] = []
+    for part in re.split("(" + "|".join(map(re.escape, by_name)) + ")", text):
+        ids += [by_name[part]] if part in by_name else tokenizer.encode(part)
+    return ids
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    if tokenizer.sentencepiece is None:
+        return tokenizer.decode(ids)
+    text, part = "", []
+    for token in ids:
+        if token in tokenizer.special_ids:
+            text, part = text + tokenizer.decode(part) + tokenizer.token(token), []
+        else:
+            part.append(token)
+    return text + tokenizer.decode(part)
+
+
+def _stops_once(tokenizer: Tokenizer, run: Sequence[int]) -> bool:
+    return run[-1] in tokenizer.special_ids and tokenizer.special_ids.isdisjoint(run[:-1]) and len(run) > 1
+
+
+def _text_forbidden_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Special ids that the text of a row must not encode to.
 
     The unknown token is left to the span proof, unless the tokenizer uses it as BOS or EOS too (GPT-2).
     """
-    unknown = {tokenizer.hf.unk_token_id} - {tokenizer.eos_id, *tokenizer.bos}
+    unknown = {tokenizer.unk_id} - {tokenizer.eos_id, *tokenizer.bos}
     return tokenizer.special_ids - unknown
 
 
-def encode_examples(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Document]:
-    """Encode each example; response ids are those of the joint text wherever its ids start with the prompt's."""
-    eos = eos_of(tokenizer)
-    prompts = tokenizer.encode_batch([example.prompt for example in examples])
-    wholes = tokenizer.encode_batch([example.prompt + example.response for example in examples])
-    documents = []
-    for example, prompt, whole in zip(examples, prompts, wholes, strict=True):
-        joint = whole[: len(prompt)] == prompt
-        response = whole[len(prompt) :] if joint else tokenizer.encode(example.response)
-        documents.append(Document([*tokenizer.bos, *prompt, *response, eos], len(tokenizer.bos) + len(prompt)))
-    return documents
-
-
-def span_is_proved(tokenizer: Tokenizer, example: Example, document: Document) -> bool:
-    """True where the supervised tokens are the response's, all of it and nothing else, and eos ends them once.
-
-    Decoded in context, `prompt ids + response ids` must read `decoded prompt + response`: decoding the response
-    alone would lose a leading space with SentencePiece and Metaspace tokenizers. The prompt ids must be those of
-    the prompt alone. No other special token stands anywhere, and BOS in front where the tokenizer starts texts
-    with one. For a truncated document the decoded response must be a non-empty beginning of the response, without eos.
-    """
-    num_bos = len(tokenizer.bos)
-    prompt_ids = document.ids[num_bos : document.num_prefix]
-    ending = [] if document.truncated else [eos_of(tokenizer)]
-    end = len(document.ids) - len(ending)
-    response_ids = document.ids[document.num_prefix : end]
-    if tuple(document.ids[:num_bos]) != tokenizer.bos or document.ids[end:] != ending:
-        return False
-    # sentencepiece decodes control tokens to nothing, so the text alone would not show one that slipped in.
-    if not response_ids or not tokenizer.special_ids.isdisjoint(prompt_ids + response_ids):
-        return False
-    if prompt_ids != tokenizer.encode(example.prompt):
-        return False
-    prompt = tokenizer.decode(prompt_ids)
-    whole = tokenizer.decode(prompt_ids + response_ids)
-    if document.truncated:
-        return len(whole) > len(prompt) and (prompt + example.response).startswith(whole)
-    return whole == prompt + example.response
+def _by_reference(
+    tokenizer: Tokenizer, examples: Sequence[Example], encoded: Encoded | None, proved: NDArray[np.bool_]
+) -> tuple[Encoded, dict[int, str]]:
+    replacements: dict[int, Document | None] = {}
+    reasons: dict[int, str] = {}
+    for position in np.flatnonzero(~proved).tolist():
+        document = reference_document(tokenizer, examples[position])
+        replacements[position] = None if isinstance(document, str) else document
+        if isinstance(document, str):
+            reasons[position] = document
+    if encoded is None:
+        return join_documents([replacements[position] or Document([], []) for position in replacements]), reasons
+    return replace_documents(encoded, replacements), reasons
 
 
 def truncate(tokenizer: Tokenizer, example: Example, document: Document, seq_len: int) -> Document | None:
-    """Cut the response so that the document has at most `seq_len` tokens, and leave out eos.
+    """Cut the document to at most `seq_len` tokens, so that it ends with supervised tokens and without a stop token.
 
-    The cut moves back to where the tokens end with a whole character. None where no response token is left.
+    The cut moves back to where the tokens of the last response end with a whole character, or to the end of an earlier
+    response, with its stop token. None where no supervised token is left.
     """
-    for end in range(min(seq_len, len(document.ids) - 1), document.num_prefix, -1):
-        cut = Document(document.ids[:end], document.num_prefix, truncated=True)
-        if span_is_proved(tokenizer, example, cut):
-            return cut
+    responses = example.responses()
+    for position in range(len(document.runs) - 1, -1, -1):
+        start, end = document.runs[position]
+        if end <= seq_len:
+            return replace(document, ids=document.ids[:end], runs=document.runs[: position + 1], truncated=True)
+        before = _decode(tokenizer, document.ids[len(tokenizer.bos) : start])
+        for cut in range(min(seq_len, end - 1), start, -1):
+            shown = _decode(tokenizer, document.ids[len(tokenizer.bos) : cut])
+            if len(shown) > len(before) and (before + responses[position]).startswith(shown):
+                runs = [*document.runs[:position], (start, cut)]
+                return Document(document.ids[:cut], runs, truncated=True)
     return None
-
-
-def probe_ids(tokenizer: Tokenizer) -> list[dict[str, object]]:
-    """Ids of a few fixed texts: training compares them with the ids of the tokenizer beside the model."""
-    return [
-        {"text": text, "ids": ids} for text, ids in zip(PROBE_TEXTS, tokenizer.encode_batch(PROBE_TEXTS), strict=True)
-    ]
-
-
-def compare_with_reference(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, object] | None:
-    """Where the folder has a tokenizer.model: on how many texts transformers and sentencepiece give equal ids.
-
-    None where the folder has only a tokenizer.json (or GPT-2's files): transformers itself is the reference then.
-    """
-    model = tokenizer.path / "tokenizer.model"
-    if not model.is_file():
-        return None
-    reference = load_sentencepiece(model).encode(list(texts))
-    transformers_ids = tokenizer.hf(list(texts), add_special_tokens=False)["input_ids"]
-    equal = sum(ours == theirs for ours, theirs in zip(transformers_ids, reference, strict=True))
-    used = "sentencepiece" if tokenizer.sentencepiece is not None else "transformers"
-    return {"used": used, "compared": "transformers with sentencepiece", "texts": len(texts), "equal": equal}

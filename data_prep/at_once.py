@@ -1,0 +1,165 @@
+"""A block of examples to documents at once: gigatoken encodes, and what every id spells is compared with the text.
+
+All comparisons run over flat arrays: the bytes of all ids against those of all texts, and the ids of every prompt
+against the first ids of its text. They are sufficient for what `encode.reference_document` proves, not necessary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.documents import Encoded, eos_of
+from data_prep.example import Example
+from data_prep.fast import FastTokens
+from sft.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class _Texts:
+    """The texts of several examples in a row, and their spans with byte offsets."""
+
+    texts: list[str]
+    doc_of: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
+    span_text: NDArray[np.int64]
+    span_start: NDArray[np.int64]
+    span_end: NDArray[np.int64]
+    prompts: list[str]
+
+
+def _flatten(examples: Sequence[Example]) -> _Texts:
+    texts: list[str] = []
+    doc_of: list[int] = []
+    num_bytes: list[int] = []
+    span_text: list[int] = []
+    span_start: list[int] = []
+    span_end: list[int] = []
+    prompts: list[str] = []
+    for number, example in enumerate(examples):
+        for text, spans in zip(example.texts, example.spans, strict=True):
+            ascii_only = text.isascii()
+            size = len(text) if ascii_only else len(text.encode())
+            for start, end in spans:
+                prompt = text[:start]
+                prompts.append(prompt)
+                span_text.append(len(texts))
+                span_start.append(start if ascii_only else len(prompt.encode()))
+                span_end.append(
+                    size if end == len(text) else end if ascii_only else span_start[-1] + len(text[start:end].encode())
+                )
+            texts.append(text)
+            doc_of.append(number)
+            num_bytes.append(size)
+    arrays = (np.array(values, dtype=np.int64) for values in (doc_of, num_bytes, span_text, span_start, span_end))
+    return _Texts(texts, *arrays, prompts)
+
+
+def encode_at_once(
+    tokenizer: Tokenizer, fast: FastTokens, examples: Sequence[Example]
+) -> tuple[Encoded, NDArray[np.bool_]]:
+    """(documents, which of them are proved [examples]); what stands for the others is not to be used."""
+    flat = _flatten(examples)
+    ids, offsets = fast.encode(flat.texts)
+    spelled, ends = fast.spell(ids)
+    byte_ends = np.cumsum(flat.num_bytes + len(fast.gap))
+    byte_starts = byte_ends - flat.num_bytes  # behind the gap
+    good = (ends[offsets[1:]] == byte_ends) & (offsets[1:] > offsets[:-1])
+    expected = np.frombuffer((fast.gap + fast.gap.join(flat.texts)).encode(), dtype=np.uint8)
+    if len(expected) != len(spelled) or not np.array_equal(expected, spelled):
+        good &= _spelled_right(expected, spelled, byte_ends, ends[offsets])
+    special = np.zeros(max(tokenizer.vocab_size, int(ids.max(initial=0)) + 1), dtype=np.bool_)
+    special[list(tokenizer.special_ids)] = True
+    is_special = special[ids]
+    stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
+    if is_special.any():
+        good &= ~stop | (np.add.reduceat(is_special, offsets[:-1]) == 0 if len(ids) else True)
+    run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends, byte_starts)
+    before = np.cumsum(np.append(0, is_special))
+    inside = before[offsets[flat.span_text] + run_ends] - before[offsets[flat.span_text] + run_starts]
+    last = special[ids[np.maximum(offsets[flat.span_text] + run_ends - 1, 0)]] if len(ids) else inside > 0
+    spans_stop = stop[flat.span_text]
+    run_good &= spans_stop | ((inside == 1) & last & (run_ends - run_starts > 1))
+    np.logical_and.at(good, flat.span_text, run_good)
+    proved = np.ones(len(examples), dtype=np.bool_)
+    np.logical_and.at(proved, flat.doc_of, good)
+    return _assemble(tokenizer, flat, ids, offsets, stop, run_starts, run_ends, len(examples)), proved
+
+
+def _spelled_right(
+    expected: NDArray[np.uint8], spelled: NDArray[np.uint8], byte_ends: NDArray[np.int64], ends: NDArray[np.int32]
+) -> NDArray[np.bool_]:
+    """Per text [texts]: what its ids spell is the text. `ends` [texts + 1] are its borders in `spelled`."""
+    starts = np.append(0, byte_ends[:-1])
+    return np.array(
+        [
+            np.array_equal(expected[start:end], spelled[ours:theirs])
+            for start, end, ours, theirs in zip(starts, byte_ends, ends[:-1], ends[1:], strict=True)
+        ],
+        dtype=np.bool_,
+    )
+
+
+def _runs(
+    flat: _Texts,
+    fast: FastTokens,
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    ends: NDArray[np.int32],
+    byte_starts: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """(start, end, proved) of each span [spans] in tokens of its text: what stands before is the prompt's own ids."""
+    prompt_ids, prompt_offsets = fast.encode(flat.prompts)
+    sizes = np.diff(prompt_offsets)
+    first = offsets[flat.span_text]
+    room = offsets[flat.span_text + 1] - first
+    good = sizes < room
+    starts = np.where(good, sizes, 0)
+    # Token by token: the ids of every prompt against the first ids of its text.
+    where = np.repeat(first - prompt_offsets[:-1], sizes) + np.arange(len(prompt_ids))
+    differs = prompt_ids != ids[np.minimum(where, max(len(ids) - 1, 0))] if len(ids) else np.ones(len(prompt_ids), bool)
+    wrong = np.cumsum(np.append(0, differs))
+    good &= wrong[prompt_offsets[1:]] == wrong[prompt_offsets[:-1]]
+    text_start = byte_starts[flat.span_text]
+    good &= (ends[first + starts] == text_start + flat.span_start) | (flat.span_start == 0)
+    target = text_start + flat.span_end
+    run_ends = np.searchsorted(ends, target) - first
+    run_ends = np.where((run_ends > starts) & (run_ends <= room), run_ends, 0)
+    good &= (ends[first + run_ends] == target) & (run_ends > starts)
+    return starts, np.maximum(run_ends, starts), good
+
+
+def _assemble(
+    tokenizer: Tokenizer,
+    flat: _Texts,
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    stop: NDArray[np.bool_],
+    run_starts: NDArray[np.int64],
+    run_ends: NDArray[np.int64],
+    num_docs: int,
+) -> Encoded:
+    """Put BOS before each document and EOS behind each text that wants one."""
+    sizes = np.diff(offsets)
+    opens = np.append(True, flat.doc_of[1:] != flat.doc_of[:-1])[: len(sizes)]
+    num_bos = opens * len(tokenizer.bos)
+    placed = num_bos + sizes + stop
+    text_ends = np.cumsum(placed)
+    out = np.empty(int(text_ends[-1]) if len(placed) else 0, dtype=np.int32)
+    is_text = np.ones(len(out), dtype=np.bool_)
+    if tokenizer.bos:
+        at_bos = (text_ends - placed)[opens]
+        out[at_bos] = tokenizer.bos[0]
+        is_text[at_bos] = False
+    at_eos = text_ends[stop] - 1
+    out[at_eos] = eos_of(tokenizer)
+    is_text[at_eos] = False
+    out[is_text] = ids
+    lengths = np.bincount(flat.doc_of, weights=placed, minlength=num_docs).astype(np.int32)
+    doc_starts = np.cumsum(lengths) - lengths
+    first = (text_ends - placed + num_bos)[flat.span_text] - doc_starts[flat.doc_of[flat.span_text]]
+    to_the_end = (run_ends == sizes[flat.span_text]) & stop[flat.span_text]
+    runs = np.stack([first + run_starts, first + run_ends + to_the_end], axis=1).astype(np.int32)
+    num_runs = np.bincount(flat.doc_of[flat.span_text], minlength=num_docs).astype(np.int32)
+    return Encoded(ids=out, lengths=lengths, num_runs=num_runs, runs=runs)
