@@ -1,4 +1,4 @@
-"""`sft show`: packed rows as text, with supervised tokens marked and document boundaries drawn."""
+"""`sft show`: packed rows as text or as a page, with supervised tokens marked and document boundaries drawn."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
+from data_prep.page import write_page
 from data_prep.report import escape_unprintable
 from data_prep.shards import IGNORE, MANIFEST, Pack, Shards, open_shards
 from sft.config import ShowConfig
@@ -24,33 +25,87 @@ def main(argv: Sequence[str]) -> None:
     """Entry of `sft show` and `python -m data_prep.show`.
 
     Raises:
-        UserError: bad options, no complete shard set, no such pack, or another tokenizer than the shards'.
+        UserError: bad options, no complete shard set, no such pack or document, or another tokenizer than the shards'.
     """
     config = load(ShowConfig, argv, prog="sft show", positional="shards")
     escape_unprintable(sys.stdout)
-    folder = Path(config.shards)
-    if not (folder / MANIFEST).is_file() and (folder / "train").is_dir():
-        folder = folder / "train"
-    shards = open_shards(folder)
-    if config.start >= len(shards):
+    console = Console()
+    if config.doc is None:
+        shards = open_shards(_splits(Path(config.shards))[0])
+        chosen = choose_packs(shards, config.start, config.rows)
+    else:
+        shards, chosen, told = find_document(_splits(Path(config.shards)), config.doc)
+        console.print(told, soft_wrap=True, markup=False, highlight=False)
+    tokenizer = _tokenizer_of(shards, config.tokenizer)
+    if config.html is not None:
+        write_page(Path(config.html), shards, chosen, tokenizer)
+        print(f"wrote {config.html}: {len(chosen)} of {len(shards)} packs")
+        return
+    for index, numbers in chosen:
+        for line in render_pack(shards, index, numbers, tokenizer, coloured=console.is_terminal):
+            console.print(line, soft_wrap=True)
+
+
+def choose_packs(shards: Shards, start: int, rows: int) -> list[tuple[int, list[int]]]:
+    """(pack index, numbers of all its documents) of up to `rows` packs.
+
+    Raises:
+        UserError: there is no pack `start`.
+    """
+    if start >= len(shards):
         raise UserError(
-            f"--start {config.start}: {folder} has {len(shards)} packs, numbered from 0; give a smaller number"
+            f"--start {start}: {shards.folder} has {len(shards)} packs, numbered from 0; give a smaller number"
         )
+    indices = range(start, min(start + rows, len(shards)))
+    return [(index, list(range(len(shards.pack(index).seq_lens)))) for index in indices]
+
+
+def find_document(folders: Sequence[Path], doc_id: int) -> tuple[Shards, list[tuple[int, list[int]]], str]:
+    """The first place of a document in the first folder that has it, and a line that says how often it is there.
+
+    Raises:
+        UserError: a folder cannot be opened, or no pack holds the document.
+    """
+    for folder in folders:
+        shards = open_shards(folder)
+        places = [
+            (index, number)
+            for index in range(len(shards))
+            for number in np.flatnonzero(shards.pack(index).doc_ids == doc_id).tolist()
+        ]
+        if places:
+            packs = sorted({index for index, _ in places})
+            told = f"document {doc_id}: in pack {packs[0]} of {folder}"
+            if len(places) > 1:
+                word = "packs" if len(packs) > 1 else "pack"
+                told = f"document {doc_id}: {len(places)} times in {len(packs)} {word} of {folder}, shown once"
+            return shards, [(places[0][0], [places[0][1]])], told
+    names = " or ".join(map(str, folders))
+    raise UserError(f"--doc {doc_id}: no pack of {names} holds it; documents are numbered by input row, from 0")
+
+
+def _splits(folder: Path) -> list[Path]:
+    """The shard folder itself, or the splits below it, training first."""
+    if not (folder / MANIFEST).is_file() and (folder / "train").is_dir():
+        return [folder / "train", *([folder / "heldout"] if (folder / "heldout").is_dir() else [])]
+    return [folder]
+
+
+def _tokenizer_of(shards: Shards, folder: str | None) -> Tokenizer:
     written_by = shards.manifest["tokenizer"]
-    tokenizer = load_tokenizer(config.tokenizer or written_by["path"])
+    tokenizer = load_tokenizer(folder or written_by["path"])
     if tokenizer.digest != written_by["digest"]:
         raise UserError(
             f"tokenizer {tokenizer.path}: not the one these shards were made with ({written_by['path']}); "
             "give that one as --tokenizer"
         )
-    console = Console()
-    for index in range(config.start, min(config.start + config.rows, len(shards))):
-        for line in render_pack(shards, index, tokenizer, coloured=console.is_terminal):
-            console.print(line, soft_wrap=True)
+    return tokenizer
 
 
-def render_pack(shards: Shards, index: int, tokenizer: Tokenizer, coloured: bool) -> Iterator[Text]:
-    """Header lines and documents of one pack; supervised text is green, or stands in ⟦…⟧ where not `coloured`."""
+def render_pack(
+    shards: Shards, index: int, numbers: Sequence[int], tokenizer: Tokenizer, coloured: bool
+) -> Iterator[Text]:
+    """Header lines and documents `numbers` of a pack; supervised text is green, or in ⟦…⟧ where not `coloured`."""
     pack = shards.pack(index)
     seq_len = shards.manifest["seq_len"]
     yield Text(
@@ -59,8 +114,8 @@ def render_pack(shards: Shards, index: int, tokenizer: Tokenizer, coloured: bool
         style="bold",
     )
     ends = np.cumsum(pack.seq_lens)
-    for number, end in enumerate(ends.tolist()):
-        tokens = slice(end - int(pack.seq_lens[number]), end)
+    for number in numbers:
+        tokens = slice(int(ends[number] - pack.seq_lens[number]), int(ends[number]))
         yield Text(_document_header(shards, pack, number, pack.labels[tokens]), style="cyan")
         yield _render_document(pack.input_ids[tokens], pack.labels[tokens], tokenizer, coloured)
 
@@ -92,7 +147,7 @@ def _runs(ids: list[int], supervised: list[bool], tokenizer: Tokenizer) -> Itera
     for (mark, special), group in groupby(range(len(ids)), key=kinds.__getitem__):
         run = [ids[position] for position in group]
         if special:
-            yield mark, "".join(tokenizer.hf.convert_ids_to_tokens(run))
+            yield mark, "".join(map(tokenizer.token, run))
             continue
         context += run
         text = tokenizer.decode(context)

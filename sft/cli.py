@@ -16,6 +16,8 @@ from sft.ports import free_port
 COMMANDS = {
     "demo": ("sft.demo.run", "the whole pipeline on embedded data, 2 CPU ranks, a few minutes"),
     "prep": ("data_prep.build", "Alpaca-style JSON to packed, tokenized Arrow shards"),
+    "augment": ("sft.augment", "paraphrase or back-translate rows with local models, or with a function of your own"),
+    "prep verify": ("data_prep.verify", "check every digest, count and contract of prepared shards"),
     "show": ("data_prep.show", "look at packed rows: supervised tokens marked, document boundaries drawn"),
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
     "export": ("sft.export", "checkpoint to verified Hugging Face folder"),
@@ -36,7 +38,8 @@ def dispatch(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return
-    command, *rest = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command, rest = " ".join(argv[:words]), argv[words:]
     if command == "--version":
         print(__version__)
     elif command not in COMMANDS:
@@ -111,7 +114,7 @@ def take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:
 
 def _usage() -> str:
     lines = ["usage: sft COMMAND [--config FILE.yaml] [--section.key value ...]", "", "commands:"]
-    lines += [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([*lines, "", "sft COMMAND --help lists every option; --print-config shows what it resolved to"])
 
 

@@ -13,6 +13,8 @@ from sft.settings import walk_options
 
 COMMANDS = {
     "sft prep": config.PrepConfig,
+    "sft augment": config.AugmentConfig,
+    "sft prep verify": config.VerifyConfig,
     "sft train": config.RunConfig,
     "sft export": config.ExportConfig,
     "sft eval": config.EvalConfig,
@@ -33,6 +35,22 @@ OPTIONS = {
         "seed",
         "workers",
         "engine",
+        "out*",
+    ],
+    "sft augment": [
+        "input*",
+        "method",
+        "models",
+        "hook",
+        "fields",
+        "prefix",
+        "variants",
+        "temperature",
+        "top_p",
+        "beams",
+        "max_new_tokens",
+        "batch_size",
+        "seed",
         "out*",
     ],
     "sft train": [
@@ -100,10 +118,16 @@ OPTIONS = {
         "tuned*",
         "gate.max_drop",
     ],
+    "sft prep verify": [
+        "shards*",
+        "tokenizer",
+    ],
     "sft show": [
         "shards*",
         "rows",
         "start",
+        "doc",
+        "html",
         "tokenizer",
     ],
     "sft demo": [

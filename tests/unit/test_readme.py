@@ -17,6 +17,7 @@ from tests.tiny import REPO
 README = (REPO / "README.md").read_text(encoding="utf-8")
 OPTIONS = {
     "prep": config.PrepConfig,
+    "prep verify": config.VerifyConfig,
     "show": config.ShowConfig,
     "train": config.RunConfig,
     "export": config.ExportConfig,
@@ -24,7 +25,7 @@ OPTIONS = {
     "drift": config.DriftConfig,
     "demo": config.DemoConfig,
 }
-POSITIONAL = {"show": "shards", "export": "run"}
+POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run"}
 
 
 def shell_lines():
@@ -38,7 +39,9 @@ def sft_commands():
 
 def parse(line):
     """Exit of `--print-config`: the options are complete and valid."""
-    _, command, *arguments = shlex.split(line)
+    _, *words = shlex.split(line)
+    taken = 2 if " ".join(words[:2]) in OPTIONS else 1
+    command, arguments = " ".join(words[:taken]), words[taken:]
     _, arguments = take_ranks(arguments)
     with pytest.raises(SystemExit) as left:
         load(

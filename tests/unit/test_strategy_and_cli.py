@@ -79,7 +79,8 @@ def test_ranks_are_taken_out_of_the_options():
 def test_usage_names_every_command(capsys):
     dispatch([])
     usage = capsys.readouterr().out
-    assert all(f"  {name} " in usage for name in ("demo", "prep", "show", "train", "export", "eval", "drift"))
+    names = ("demo", "prep", "prep verify", "show", "train", "export", "eval", "drift")
+    assert all(f"  {name} " in usage for name in names)
 
 
 def raising(error):
