@@ -16,7 +16,8 @@ _MARKS = (
 WORD = re.compile(f"[{_HAN_AND_KANA}]|(?:[^\\W_{_HAN_AND_KANA}]|[{_MARKS}])+")
 """A word of normalised text: letters and digits; a Han character or kana is a word of its own. No underscores: tests
 draw blanks with them."""
-_WITHOUT_SPACES = re.compile(f"[{_HAN_AND_KANA}{_SOUTH_EAST_ASIAN}]")
+_WITHOUT_SPACES = _HAN_AND_KANA + _SOUTH_EAST_ASIAN
+_PIECE = re.compile(f"[{_WITHOUT_SPACES}]|[^\\s{_WITHOUT_SPACES}]+")
 _ASCII_WORDS = bytes(ord(chr(code).lower()) if code < 128 and chr(code).isalnum() else 32 for code in range(256))
 
 
@@ -36,4 +37,4 @@ def pieces(text: str) -> list[str]:
     """What stands between white space, folded, with punctuation; in scripts without spaces, each character."""
     if text.isascii():
         return text.lower().split()
-    return _WITHOUT_SPACES.sub(r" \g<0> ", fold(text)).split()
+    return _PIECE.findall(fold(text))
