@@ -303,9 +303,13 @@ def test_history_that_is_rewritten_is_refused(load, loaded: dict[str, ChatTempla
 
 
 def test_forgotten_turns_are_refused(load) -> None:
-    """The template shows the last four messages only: earlier spans would overlap later ones."""
-    template = load(CHATML.replace("in messages %}", "in messages[-2:] %}"))
+    """The template shows the last exchange only, so an equal earlier one would be found in its place."""
+    template = load(
+        CHATML.replace("in messages %}", "in (messages[-1:] if add_generation_prompt else messages[-2:]) %}")
+    )
     assert reason_of(template, user("a"), learn("b")) is None
+    assert reason_of(template, user("a"), context("b"), user("c"), learn("d")) is None
+    assert reason_of(template, user("a"), learn("b"), user("c"), learn("d")) == "template_changes_history"
     assert reason_of(template, user("a"), learn("b"), user("a"), learn("b")) == "template_changes_history"
 
 
@@ -421,10 +425,14 @@ TURNS = st.one_of(
     st.builds(context, ANSWERS),
     st.builds(lambda text: Turn("system", "".join(text)), PIECES),
 )
+EXCHANGES = st.builds(lambda text, answer: [user("".join(text)), answer], PIECES, st.builds(learn, ANSWERS))
+TALKS = st.lists(EXCHANGES | EXCHANGES | TURNS.map(lambda turn: [turn]), min_size=1, max_size=4).map(
+    lambda parts: sum(parts, [])
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(turns=st.lists(TURNS, min_size=1, max_size=6), name=st.sampled_from(sorted(TEMPLATES)))
+@given(turns=TALKS, name=st.sampled_from(sorted(TEMPLATES)))
 def test_spans_hold_exactly_the_supervised_turns(turns, name, loaded) -> None:
     """For every conversation that is not rejected, in order, with nothing but white space around."""
     reason = reason_of(loaded[name], *turns)

@@ -101,13 +101,16 @@ def test_plain_text_is_supervised_whole() -> None:
 
 
 TEXT = st.text(max_size=5) | st.sampled_from(["### Response:\n", "{instruction}", "{", " "])
-TURNS = st.builds(Turn, st.sampled_from(["user", "user", "assistant", "system", "tool"]), TEXT, TEXT).flatmap(
-    lambda turn: st.booleans().map(lambda learned: turn._replace(supervised=learned and turn.role == "assistant"))
+ANSWERS = st.builds(lambda text, learned: Turn("assistant", text, "", learned), TEXT, st.booleans())
+EXCHANGES = st.tuples(st.lists(st.builds(user, TEXT, TEXT), min_size=1, max_size=2), ANSWERS).map(
+    lambda exchange: [*exchange[0], exchange[1]]
 )
+STRAY = st.builds(lambda role, text: [Turn(role, text)], st.sampled_from(["system", "tool", "assistant"]), TEXT)
+TALKS = st.lists(EXCHANGES | EXCHANGES | EXCHANGES | STRAY, max_size=4).map(lambda parts: sum(parts, []))
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(TURNS, max_size=7))
+@given(TALKS)
 def test_spans_are_the_supervised_turns_in_order(turns: list[Turn]) -> None:
     reason = reason_of(*turns)
     if reason is not None:
