@@ -40,8 +40,11 @@ section { content-visibility: auto; contain-intrinsic-size: auto 60rem }
 pre { font: 13px/1.6 ui-monospace, "DejaVu Sans Mono", monospace; margin: 0; white-space: pre-wrap;
   overflow-wrap: anywhere }
 i, b { font-style: normal; font-weight: normal } b { background: var(--learn) }
+.legend s { white-space: pre }
 .legend i:not(.x), .legend b { color: CanvasText }
-u { text-decoration: none; opacity: .8 } .x { color: var(--special); font-weight: 600 } .c { color: var(--faint) }
+u { text-decoration: none; opacity: .8; user-select: none } .x { color: var(--special); font-weight: 600 }
+s { text-decoration: none;
+  background: radial-gradient(circle at .5ch 50%, var(--faint) 1px, transparent 1.3px) 0/1ch 100% }
 i:hover, b:hover { outline: 1px solid var(--note) }
 i:hover::after, b:hover::after { content: "token " attr(data-t) var(--d); position: absolute; right: 0;
   background: var(--note); color: var(--note-text); padding: 0 .5rem; font: 12px/1.7 system-ui, sans-serif;
@@ -98,7 +101,7 @@ def _overview(shards: Shards, chosen: Sequence[tuple[int, Sequence[int]]]) -> st
     return (
         f"<table>\n{cells}</table>\n"
         '<p class="legend"><b>supervised</b> <i>not supervised</i> <i class="x">&lt;special&gt;</i> <u>↵</u> line break'
-        " <u>→</u> tab <u>·</u> space on its own or beside others <u>▪</u> further token of the"
+        " <u>→</u> tab <s>   </s> space on its own or beside others <u>▪</u> further token of the"
         " character before it. Point at a token"
         " for its id. A bar shows the documents of a pack, and in grey the room they leave.</p>\n"
     )
@@ -140,7 +143,7 @@ def _render_tokens(ids: NDArray[np.int32], labels: NDArray[np.int32], tokenizer:
         if token in tokenizer.special_ids:
             kind, shown = ' class="x"', escape(text)
         elif text is None:
-            kind, shown = ' class="c"', "▪"
+            kind, shown = "", "<u>▪</u>"
         else:
             kind, shown = "", _visible(text)
         yield f'<{tag}{kind} data-t="{token}">{shown}</{tag}>'
@@ -184,7 +187,10 @@ def _added(before: list[int], tokens: list[int], tokenizer: Tokenizer) -> str:
 
 
 def _visible(text: str) -> str:
-    """HTML of a token's text in which a reader sees line breaks, tabs, odd spaces and what has no glyph."""
+    """HTML of a token's text in which a reader sees line breaks, tabs, odd spaces and what has no glyph.
+
+    What stands in <u> is not part of the text, and is not copied with it.
+    """
 
     def mark(found: re.Match[str]) -> str:
         char = found[0]
@@ -193,7 +199,7 @@ def _visible(text: str) -> str:
         if char == "\t":
             return "<u>→</u>\t"
         if char.startswith(" "):
-            return f"<u>{'·' * len(char)}</u>"
+            return f"<s>{char}</s>"
         return escape(char, quote=False) if char.isprintable() else f"<u>U+{ord(char):04X}</u>"
 
     if text.isprintable() and "  " not in text and text != " ":
