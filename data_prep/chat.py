@@ -153,8 +153,7 @@ def load_chat_template(setting: str, tokenizer: Tokenizer) -> ChatTemplate:
             writes no special token after the answer, or its prompt is not how its conversations go on.
     """
     text, where = _read(setting, tokenizer)
-    added = tokenizer.hf.added_tokens_decoder.values()
-    special = {*tokenizer.hf.all_special_tokens, *(token.content for token in added if token.special)} - {""}
+    special = {tokenizer.token(special_id) for special_id in tokenizer.special_ids}
     if not special:
         raise UserError(f"tokenizer {tokenizer.path}: has no special tokens, so no chat template can end a turn")
     unstopped = ChatTemplate(
@@ -164,7 +163,7 @@ def load_chat_template(setting: str, tokenizer: Tokenizer) -> ChatTemplate:
         variables={**tokenizer.hf.special_tokens_map, "tools": None, "documents": None},
         special=re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))),
         special_starts=tuple(sorted({token[0] for token in special})),
-        bos=tokenizer.hf.bos_token if tokenizer.bos else "",
+        bos="".join(map(tokenizer.token, tokenizer.bos)),
         stop="",
     )
     template = replace(unstopped, stop=_stop_token(unstopped))
