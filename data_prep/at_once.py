@@ -52,8 +52,15 @@ def _flatten(examples: Sequence[Example]) -> _Texts:
             texts.append(text)
             doc_of.append(number)
             num_bytes.append(size)
-    arrays = (np.array(values, dtype=np.int64) for values in (doc_of, num_bytes, span_text, span_start, span_end))
-    return _Texts(texts, *arrays, prompts)
+    return _Texts(
+        texts=texts,
+        doc_of=np.array(doc_of, dtype=np.int64),
+        num_bytes=np.array(num_bytes, dtype=np.int64),
+        span_text=np.array(span_text, dtype=np.int64),
+        span_start=np.array(span_start, dtype=np.int64),
+        span_end=np.array(span_end, dtype=np.int64),
+        prompts=prompts,
+    )
 
 
 def encode_at_once(

@@ -1,230 +1,232 @@
-"""Rows to encoded documents, in blocks of fixed size over worker processes; results come back in order.
+"""A block of raw rows to documents: parse, render, filter, encode, prove. The same wherever it runs.
 
-Blocks do not depend on the number of workers, so neither does anything that is made of them.
+Blocks do not depend on the number of workers or on the engine, so neither does anything that is made of them.
 """
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import filters
-from data_prep.encode import Document, encode_examples, span_is_proved, text_forbidden_ids, truncate
-from data_prep.formats import Example, Format, parse_row, read_rows
+from data_prep.chat import ChatTemplate, load_chat_template
+from data_prep.decontaminate import Decontaminator, load_items
+from data_prep.documents import Document, Encoded, keep_documents, replace_documents
+from data_prep.encode import encode_examples, truncate
+from data_prep.example import Example, Rejected, Turn
+from data_prep.fast import FastTokens
+from data_prep.formats import RowError, parse_row, shorten
 from data_prep.mixture import keys_to_array, text_key
+from data_prep.near import Signer
+from data_prep.readers import BadRow, RawBlock, block_rows
+from data_prep.template import render_alpaca, render_text
+from sft.config import PrepConfig
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer
 
-BLOCK_ROWS = 256
-
 
 @dataclass(frozen=True)
-class RawBlock:
-    source_id: int
-    path: str
-    format: Format
-    rows: list[tuple[int, Any]]
-    """(row number from 1, decoded JSON)."""
+class Overlap:
+    """A row that shares text with an evaluation item."""
+
+    row: int
+    item: str
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The documents of one raw block, and the fate of the rows that gave none."""
+    """The documents of one raw block, and the fate of the rows that gave none. Rows are counted from 0 in the block."""
 
     source_id: int
     num_rows: int
-    row_numbers: NDArray[np.int64]
+    rows: NDArray[np.int32]
+    """[documents]: the row each came from."""
     keys: NDArray[np.uint64]
-    """[documents, 2]: equal where prompt and response are equal."""
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-    num_prefix: NDArray[np.int32]
-    dropped: list[tuple[int, str]]
-    """(row number, reason)."""
-    truncated: list[int]
+    """[documents, 2]: equal where the normalised text is."""
+    encoded: Encoded
+    truncated: NDArray[np.bool_]
+    """[documents]."""
+    signatures: NDArray[np.uint32] | None
+    """[documents, permutations] where near-duplicates are asked for."""
+    groups: tuple[str, ...]
+    """[documents]: the value of the source's balance_by, or ()."""
+    dropped: tuple[tuple[int, str], ...]
+    """(row, reason)."""
+    overlaps: tuple[Overlap, ...]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a worker needs to turn rows into documents."""
+    """What a worker needs to turn raw rows into documents."""
 
+    config: PrepConfig
     tokenizer: Tokenizer
-    seq_len: int
-    overlong: Literal["drop", "truncate", "error"]
+    fast: FastTokens | None
+    chat: ChatTemplate | None
+    """None: the Alpaca template."""
+    text_reason: filters.TextFilter
+    signer: Signer | None
+    decontaminator: Decontaminator | None
+    items_digest: str
+    """Of the evaluation items."""
 
-    def encode(self, block: RawBlock) -> Block:
-        """Parse, filter, encode and prove the rows of one block.
+    def encode(self, raw: RawBlock) -> Block:
+        """The documents of one block.
 
         Raises:
-            UserError: a row is malformed, or too long where overlong is `error`.
+            UserError: a row is malformed where on_error is `raise`, or too long where overlong is `error`.
         """
-        examples: list[tuple[int, Example]] = []
-        dropped: list[tuple[int, str]] = []
-        for number, value in block.rows:
-            example = parse_row(value, block.format, f"source {block.path}: row {number}")
-            reason = filters.text_reason(example)
-            dropped += [(number, reason)] if reason else []
-            examples += [] if reason else [(number, example)]
-        kept: list[tuple[int, Example, Document]] = []
-        forbidden = text_forbidden_ids(self.tokenizer)
-        documents = encode_examples(self.tokenizer, [example for _, example in examples])
-        for (number, example), document in zip(examples, documents, strict=True):
-            outcome = self._judge(example, document, forbidden, f"source {block.path}: row {number}")
-            if isinstance(outcome, str):
-                dropped.append((number, outcome))
-            else:
-                kept.append((number, example, outcome))
-        return Block(
-            source_id=block.source_id,
-            num_rows=len(block.rows),
-            row_numbers=np.array([number for number, _, _ in kept], dtype=np.int64),
-            keys=keys_to_array([text_key(example) for _, example, _ in kept]),
-            ids=np.fromiter(chain.from_iterable(document.ids for _, _, document in kept), dtype=np.int32),
-            lengths=np.array([len(document.ids) for _, _, document in kept], dtype=np.int32),
-            num_prefix=np.array([document.num_prefix for _, _, document in kept], dtype=np.int32),
-            dropped=sorted(dropped),
-            truncated=[number for number, _, document in kept if document.truncated],
-        )
+        return _encode_block(self, raw)
 
-    def _judge(self, example: Example, document: Document, forbidden: frozenset[int], where: str) -> Document | str:
-        text_ids = document.ids[len(self.tokenizer.bos) : -1]
-        if reason := filters.special_token_reason(text_ids, forbidden):
-            return reason
-        if not span_is_proved(self.tokenizer, example, document):
-            return filters.SPAN_UNPROVED
-        if len(document.ids) <= self.seq_len:
-            return document
-        if self.overlong == "error":
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A row that has become text."""
+
+    row: int
+    where: str
+    content: str
+    """The turns' own text, without the template."""
+    example: Example
+    group: str
+
+
+def make_encoder(config: PrepConfig, tokenizer: Tokenizer) -> Encoder:
+    """Load everything that the options ask for; without `fast`, which the caller adds where it is proved.
+
+    Raises:
+        UserError: a template, a list of refusals or evaluation items cannot be read.
+    """
+    items = load_items(config.decontaminate) if config.decontaminate else []
+    return Encoder(
+        config=config,
+        tokenizer=tokenizer,
+        fast=None,
+        chat=None if config.template == "alpaca" else load_chat_template(config.template, tokenizer),
+        text_reason=filters.make_text_filter(config.filters),
+        signer=Signer(config.near) if config.dedup == "near" else None,
+        decontaminator=Decontaminator(items, config.decontaminate_ngram) if items else None,
+        items_digest=hashlib.sha256(json.dumps(items).encode()).hexdigest() if items else "",
+    )
+
+
+def parse_examples(
+    encoder: Encoder, raw: RawBlock, limit: int | None = None
+) -> tuple[list[_Row], list[tuple[int, str]], list[Overlap]]:
+    """(rows that have become text, dropped rows with reasons, rows that overlap with evaluation items) of the first
+    `limit` rows.
+
+    Raises:
+        UserError: a row is malformed where on_error is `raise`.
+    """
+    source = encoder.config.sources[raw.source_id]
+    kept: list[_Row] = []
+    dropped: list[tuple[int, str]] = []
+    overlaps: list[Overlap] = []
+    render = encoder.chat.render if encoder.chat else render_alpaca
+    find = encoder.decontaminator.find if encoder.decontaminator else None
+    for row, (number, value) in enumerate(islice(block_rows(raw), limit)):
+        try:
+            if isinstance(value, BadRow):
+                raise RowError(value.problem)
+            turns = parse_row(value, source)
+            group = _group(value, source.balance_by) if source.balance_by else ""
+            example = render_text(turns) if isinstance(turns, str) else render(turns)
+        except RowError as error:
+            if encoder.config.on_error == "raise":
+                raise UserError(f"source {raw.file}: row {number}: {error.problem}") from None
+            dropped.append((row, filters.MALFORMED))
+            continue
+        except Rejected as error:
+            dropped.append((row, error.reason))
+            continue
+        if reason := encoder.text_reason(example):
+            dropped.append((row, reason))
+            continue
+        content = turns if isinstance(turns, str) else _content(turns)
+        if find and (hit := find(content)):
+            dropped.append((row, filters.CONTAMINATED))
+            overlaps.append(Overlap(row, hit.item_name, hit.overlap_text))
+            continue
+        kept.append(_Row(row, f"source {raw.file}: row {number}", content, example, group))
+    return kept, dropped, overlaps
+
+
+def _encode_block(encoder: Encoder, raw: RawBlock) -> Block:
+    rows, dropped, overlaps = parse_examples(encoder, raw)
+    num_rows = len(rows) + len(dropped)
+    encoded, reasons = encode_examples(encoder.tokenizer, encoder.fast, [row.example for row in rows])
+    encoded, truncated = _judge_lengths(encoder, rows, encoded, reasons)
+    if reasons:
+        dropped += [(rows[position].row, reason) for position, reason in reasons.items()]
+        keep = np.ones(len(rows), dtype=np.bool_)
+        keep[list(reasons)] = False
+        encoded, truncated = keep_documents(encoded, keep), truncated[keep]
+        rows = [row for position, row in enumerate(rows) if position not in reasons]
+    contents = [row.content for row in rows]
+    balanced = encoder.config.sources[raw.source_id].balance_by is not None
+    return Block(
+        source_id=raw.source_id,
+        num_rows=num_rows,
+        rows=np.array([row.row for row in rows], dtype=np.int32),
+        keys=keys_to_array([text_key(content) for content in contents]),
+        encoded=encoded,
+        truncated=truncated,
+        signatures=encoder.signer.signatures(contents) if encoder.signer else None,
+        groups=tuple(row.group for row in rows) if balanced else (),
+        dropped=tuple(sorted(dropped)),
+        overlaps=tuple(overlaps),
+    )
+
+
+def _judge_lengths(
+    encoder: Encoder, rows: Sequence[_Row], encoded: Encoded, reasons: dict[int, str]
+) -> tuple[Encoded, NDArray[np.bool_]]:
+    """Apply the bounds of `filters` and `overlong`; adds to `reasons`, and returns documents and which were cut."""
+    config = encoder.config
+    truncated = np.zeros(len(rows), dtype=np.bool_)
+    before = np.cumsum(np.append(0, encoded.runs[:, 1] - encoded.runs[:, 0]))
+    run_ends = np.cumsum(encoded.num_runs)
+    learned = before[run_ends] - before[run_ends - encoded.num_runs] - encoded.num_runs  # stop tokens do not count
+    bounds = config.filters
+    short = learned < bounds.min_response_tokens
+    long = learned > bounds.max_response_tokens if bounds.max_response_tokens is not None else np.zeros_like(short)
+    for position in np.flatnonzero(short | long).tolist():
+        reasons.setdefault(position, filters.TOO_SHORT if short[position] else filters.TOO_LONG)
+    cuts: dict[int, Document | None] = {}
+    for position in np.flatnonzero(encoded.lengths > config.seq_len).tolist():
+        if position in reasons:
+            continue
+        if config.overlong == "error":
             raise UserError(
-                f"{where}: {len(document.ids)} tokens, seq_len is {self.seq_len}; "
+                f"{rows[position].where}: {int(encoded.lengths[position])} tokens, seq_len is {config.seq_len}; "
                 "raise seq_len, or set overlong to drop or truncate"
             )
-        if self.overlong == "drop":
-            return filters.OVERLONG
-        return truncate(self.tokenizer, example, document, self.seq_len) or filters.OVERLONG_PROMPT
-
-
-def read_blocks(source_id: int, path: str, format: Format) -> Iterator[RawBlock]:
-    """Cut the rows of one file into blocks.
-
-    Raises:
-        UserError: see `data_prep.formats.read_rows`.
-    """
-    rows = read_rows(path)
-    while block := list(islice(rows, BLOCK_ROWS)):
-        yield RawBlock(source_id, path, format, block)
-
-
-def encode_blocks(raw_blocks: Iterable[RawBlock], encoder: Encoder, workers: int) -> Iterator[Block]:
-    """Encode each block, `workers` at a time, and yield the results in order.
-
-    Raises:
-        UserError: from `Encoder.encode`, or a worker process was killed.
-        RuntimeError: a worker process failed; a defect of this program.
-    """
-    if workers == 1:
-        yield from map(encoder.encode, raw_blocks)
-        return
-    with _serial_tokenizers(), _started_workers(encoder, workers) as processes:
-        yield from _in_turn(enumerate(raw_blocks), processes)
-
-
-def _in_turn(raw_blocks: Iterator[tuple[int, RawBlock]], processes: dict[Connection, BaseProcess]) -> Iterator[Block]:
-    idle = list(processes)
-    busy: dict[Connection, int] = {}
-    finished: dict[int, Block | UserError] = {}
-    turn = 0
-    while True:
-        while idle and len(busy) + len(finished) < 4 * len(processes) and (raw := next(raw_blocks, None)):
-            busy[idle[-1]], block = raw
-            with _death_told(processes, idle[-1]):
-                idle.pop().send(block)
-        if not busy:
-            return
-        for connection in wait(list(busy)):
-            assert isinstance(connection, Connection)
-            with _death_told(processes, connection):
-                finished[busy.pop(connection)] = connection.recv()
-            idle.append(connection)
-        while turn in finished:
-            outcome = finished.pop(turn)
-            if isinstance(outcome, UserError):
-                raise outcome
-            yield outcome
-            turn += 1
-
-
-@contextmanager
-def _started_workers(encoder: Encoder, workers: int) -> Iterator[dict[Connection, BaseProcess]]:
-    """Worker processes by the connection to each.
-
-    Not a ProcessPoolExecutor: its workers outlive a killed parent, and it waits for ever for the rest of a result
-    where a worker is killed while it sends one. Here both sides see the end of their own connection.
-    """
-    # fork: the loaded tokenizer is shared with the workers instead of being loaded again by each.
-    context = multiprocessing.get_context("fork")
-    processes: dict[Connection, BaseProcess] = {}
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes[ours] = context.Process(target=_work, args=(encoder, theirs, [*processes, ours]), daemon=True)
-            processes[ours].start()
-            theirs.close()
-        yield processes
-    finally:
-        for connection, process in processes.items():
-            process.kill()
-            process.join()
-            connection.close()
-
-
-def _work(encoder: Encoder, connection: Connection, parents_ends: list[Connection]) -> None:
-    for end in parents_ends:  # inherited by fork; while a worker holds them open, no connection ends with the parent
-        end.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # a terminal or a scheduler tells the whole group; the parent decides
-    with suppress(EOFError, ConnectionError):
-        while True:
-            block = connection.recv()
-            try:
-                outcome: Block | UserError = encoder.encode(block)
-            except UserError as error:
-                outcome = error
-            connection.send(outcome)
-
-
-@contextmanager
-def _death_told(processes: dict[Connection, BaseProcess], connection: Connection) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, OSError):
-        process = processes[connection]
-        process.join()
-        if process.exitcode is not None and process.exitcode >= 0:
-            raise RuntimeError("a worker process failed; its traceback is above") from None
-        raise UserError(
-            f"a worker process was killed, perhaps out of memory; lower workers (now {len(processes)})"
-        ) from None
-
-
-@contextmanager
-def _serial_tokenizers() -> Iterator[None]:
-    """One thread per worker: `tokenizers` must not start its own in a forked process."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
+        if config.overlong == "drop":
+            reasons[position] = filters.OVERLONG
+            continue
+        cut = truncate(encoder.tokenizer, rows[position].example, encoded.document(position), config.seq_len)
+        if cut is None:
+            reasons[position] = filters.OVERLONG_PROMPT
         else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+            cuts[position] = cut
+            truncated[position] = True
+    return replace_documents(encoded, cuts), truncated
+
+
+def _content(turns: Sequence[Turn]) -> str:
+    return "\n".join([f"{turn.text}\n{turn.input}" if turn.input else turn.text for turn in turns])
+
+
+def _group(row: Any, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str | int | bool) or value == "":
+        found = "is missing" if field not in row else f"is {shorten(value)}"
+        raise RowError(f"balance_by: field '{field}' {found}, expected a text or a whole number")
+    return str(value)

@@ -1,19 +1,19 @@
-"""`sft prep`: Alpaca-style JSON to packed shards. The same bytes for any number of workers.
+"""`sft prep`: rows to packed shards. The same bytes for any number of workers, on either engine, killed or not.
 
-read -> encode and prove (worker processes) -> weights, duplicates, held-out rows -> pack -> shards and report.
+inputs -> encode and prove (workers; finished blocks on disk) -> choose rows -> pack -> shards and report.
 """
 
-import hashlib
-import json
+import errno
 import os
 import shutil
 import signal
 import sys
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,35 +21,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_prep import filters, template
-from data_prep.blocks import Block, Encoder, RawBlock, encode_blocks, read_blocks
-from data_prep.dedup import first_occurrences
-from data_prep.encode import compare_with_reference, eos_of, probe_ids
-from data_prep.formats import file_digest, parse_row
-from data_prep.mixture import choose_heldout, copies
-from data_prep.pack import pack
-from data_prep.report import SourceFate, describe_split, escape_unprintable, summary_tables
-from data_prep.shards import Documents, open_shards, read_manifest, write_json, write_shards
+from data_prep import ray_engine, workers
+from data_prep.blocks import Block, Encoder, make_encoder, parse_examples
+from data_prep.corpus import Clusters, Corpus, choose, describe_clusters, gather, targets_of
+from data_prep.documents import eos_of
+from data_prep.formats import check_columns
+from data_prep.identity import (
+    NOT_CONTENT,
+    InputFile,
+    content_key,
+    find_inputs,
+    is_up_to_date,
+    source_name,
+    template_text,
+)
+from data_prep.pack import Packs, pack
+from data_prep.probe import compare_conversion, compare_encoders, probe_ids
+from data_prep.progress import with_progress
+from data_prep.readers import RawBlock, read_blocks
+from data_prep.report import (
+    SourceFate,
+    describe_split,
+    escape_unprintable,
+    output_bytes,
+    summary_lines,
+    summary_tables,
+)
+from data_prep.shards import Documents, write_json, write_shards
+from data_prep.spill import Spill, without_ids, work_folder
 from sft.config import PrepConfig
 from sft.errors import UserError
 from sft.settings import load
-from sft.tokenizer import Tokenizer, load_tokenizer
+from sft.tokenizer import load_tokenizer
 
-CODE_VERSION = 2
-"""Raised whenever the same input would give other bytes."""
 REFERENCE_TEXTS = 200
-PLAIN_PROGRESS_EVERY_S = 10.0
-
-
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """All documents of all sources, in row order."""
-
-    documents: Documents
-    row_numbers: NDArray[np.int64]
-    keys: NDArray[np.uint64]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,182 +64,161 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: bad options, input, tokenizer or output folder.
     """
+    clock = Clock()
     config = load(PrepConfig, argv, prog="sft prep")
     escape_unprintable(sys.stdout)
-    started_s = time.perf_counter()
     out = Path(os.path.realpath(config.out))
+    for source in config.sources:
+        check_columns(source)
     tokenizer = load_tokenizer(config.tokenizer)
     eos_of(tokenizer)
-    key = content_key(config, tokenizer)
-    if is_up_to_date(out, key, with_heldout=config.heldout > 0):
+    encoder = make_encoder(config, tokenizer)
+    clock.lap("load")
+    inputs = find_inputs(config)
+    key = content_key(config, encoder, inputs)
+    clock.lap("digest")
+    if not config.dry_run and is_up_to_date(out, key, with_heldout=config.heldout > 0):
         print(f"{config.out} is up to date (content key {key})")
         return
-    with sigterm_unwinds():
-        report = build(config, tokenizer, key, out)
-    report["timings_s"]["total"] = time.perf_counter() - started_s
+    with sigterm_unwinds(), out_errors(out):
+        report = build(encoder, inputs, key, out, clock)
     for table in summary_tables(report):
         Console().print(table)
-    print(f"wrote {config.out} in {report['timings_s']['total']:.1f} s; content key {key}")
+    for line in summary_lines(report, config.dry_run):
+        print(line)
+    done = "dry run: nothing written" if config.dry_run else f"wrote {config.out}"
+    print(f"{done} in {report['timings_s']['total']:.1f} s; content key {key}")
 
 
-def build(config: PrepConfig, tokenizer: Tokenizer, key: str, out: Path) -> dict[str, Any]:
-    """Run the whole job, write `out`, and return what report.json holds.
+def build(encoder: Encoder, inputs: Sequence[InputFile], key: str, out: Path, clock: "Clock") -> dict[str, Any]:
+    """Run the whole job, write `out` unless it is a dry run, and return what report.json holds.
 
     Raises:
-        UserError: bad input, no row left for training, or `out` cannot be written.
+        UserError: bad input, no row left for training, or another process writes `out`.
+        OSError: `out` cannot be written.
     """
-    clock = _Clock()
-    fates = [
-        SourceFate(source.name or Path(source.path).stem, source.path, source.format, source.weight)
-        for source in config.sources
-    ]
-    texts: list[str] = []
-    encoder = Encoder(tokenizer, config.seq_len, config.overlong)
-    raw = _remember_texts(texts, _raw_blocks(config))
-    corpus = gather(_progress(encode_blocks(raw, encoder, _num_workers(config))), fates)
-    clock.lap("encode")
-    reference = compare_with_reference(tokenizer, texts)
-    _tell_disagreement(reference)
-    splits = choose(config, corpus, fates)
-    clock.lap("choose")
-    shared = describe_build(config, tokenizer, key, fates, reference)
-    described = {}
-    with new_folder(out) as temporary:
-        for split, index in splits.items():
-            documents = corpus.documents.take(index)
-            packs = pack(documents.lengths, config.seq_len)
-            manifest = write_shards(temporary / split, documents, packs, {**shared, "split": split})
-            described[split] = describe_split(manifest, documents.lengths)
-        clock.lap("pack_and_write")
-        report = {
-            "content_key": key,
-            "sources": [fate.describe() for fate in fates],
-            "splits": described,
-            "tokenizer_reference": reference,
-            "timings_s": {**clock.laps_s, "rows_per_s": sum(fate.rows for fate in fates) / clock.laps_s["encode"]},
-        }
-        write_json(temporary / "report.json", report)
+    config = encoder.config
+    encoder, compared = prove_tokens(encoder, inputs)
+    clock.lap("probe")
+    fates = [SourceFate(source_name(config, number), source) for number, source in enumerate(config.sources)]
+    with nullcontext(None) if config.dry_run else work_folder(out, key) as spill:
+        blocks = with_progress(encode_all(encoder, inputs, spill), sum(file.stamp[0] for file in inputs))
+        corpus = gather(blocks, fates)
+        clock.lap("encode")
+        splits, clusters = choose(config, corpus, fates)
+        clock.lap("choose")
+        packs = {split: pack(corpus.lengths[index], config.seq_len) for split, index in splits.items()}
+        clock.lap("pack")
+        report = describe_job(key, corpus, splits, packs, clusters, fates, compared, config.seq_len)
+        if spill is not None:
+            shared = describe_build(encoder, key, fates, compared)
+            temporary = write_splits(
+                spill, as_documents(corpus, spill, fates), splits, packs, shared, num_workers(config)
+            )
+            clock.lap("write")
+            report["timings_s"] = clock.timings(sum(fate.rows for fate in fates))
+            write_json(temporary / "report.json", report)
+            os.replace(temporary, out)
+    report["timings_s"] = clock.timings(sum(fate.rows for fate in fates))
     return report
 
 
-def content_key(config: PrepConfig, tokenizer: Tokenizer) -> str:
-    """sha256 over all that the shards' bytes follow from: input bytes, tokenizer, template, settings, code version."""
-    settings = config.model_dump(mode="json", exclude={"sources", "tokenizer", "out", "workers", "engine"})
-    identity = {
-        "code_version": CODE_VERSION,
-        "sources": [
-            [source.name or Path(source.path).stem, source.format, source.weight, file_digest(source.path)]
-            for source in config.sources
-        ],
-        "tokenizer": tokenizer.digest,
-        "template": [template.ALPACA_WITH_INPUT, template.ALPACA_WITHOUT_INPUT],
-        "settings": settings,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def is_up_to_date(out: Path, key: str, with_heldout: bool) -> bool:
-    """True where `out` already holds the whole output of this very job, False where it is free.
-
-    Raises:
-        UserError: `out` holds something else, a torn shard set, or only a part of the output.
-        OSError: `out` cannot be looked at: its name is too long, or a loop of symbolic links.
-    """
-    try:
-        out.stat()
-    except FileNotFoundError:
-        return False
-    if out.is_dir() and not any(out.iterdir()):
-        return False
-    if not (out / "train" / "manifest.json").is_file():
-        raise UserError(f"out {out}: exists and is no output of sft prep; choose another folder")
-    found = read_manifest(out / "train").get("content_key")
-    if found != key:
-        raise UserError(
-            f"out {out}: holds shards of other input or settings (content key {str(found)[:12]}, now {key[:12]}); "
-            "remove it or choose another folder"
+def prove_tokens(encoder: Encoder, inputs: Sequence[InputFile]) -> tuple[Encoder, dict[str, Any]]:
+    """(the encoder, with gigatoken where it is proved, what was compared) on fixed texts and the first rows of each
+    source. Tells on stderr what a user would not expect."""
+    firsts = {file.source_id: file for file in reversed(inputs)}
+    texts: list[str] = []
+    for source_id, file in sorted(firsts.items()):
+        for raw in islice(read_blocks(source_id, file.path), 1):
+            rows, _, _ = parse_examples(encoder, raw, limit=REFERENCE_TEXTS)
+            texts += [text for row in rows for text in row.example.texts]
+    fast, record = compare_encoders(encoder.tokenizer, texts)
+    conversion = compare_conversion(encoder.tokenizer, texts)
+    if fast is None:
+        why = f"differs on {record['texts'] - record['equal']} of {record['texts']} texts"
+        sys.stderr.write(
+            f"gigatoken {why if record['supported_by_gigatoken'] else 'has no such tokenizer'}; "
+            f"{record['reference']} encodes, which takes longer\n"
         )
-    splits = ("train", "heldout") if with_heldout else ("train",)
-    for name in (*splits, "report.json"):
-        if not (out / name).exists():
-            raise UserError(f"out {out}: {name} is missing, so it is not the whole output; remove {out} and run again")
-    for split in splits:
-        open_shards(out / split)
-    return True
+    if conversion is not None and conversion["equal"] < conversion["texts"]:
+        different = conversion["texts"] - conversion["equal"]
+        sys.stderr.write(
+            f"WARNING: transformers and sentencepiece give different ids on {different} of the first "
+            f"{conversion['texts']} texts; the shards hold those of {conversion['used']}. Other tools that read this "
+            "tokenizer folder may not give the model these ids.\n"
+        )
+    return replace(encoder, fast=fast), {"encoder": record, "conversion": conversion}
 
 
-def gather(blocks: Iterable[Block], fates: Sequence[SourceFate]) -> Corpus:
-    """Join blocks in order and count their rows into `fates`; document ids run over the rows of all sources.
+def encode_all(encoder: Encoder, inputs: Sequence[InputFile], spill: Spill | None) -> Iterator[tuple[int, Block]]:
+    """(bytes of input, block without its ids) of every block in order; those of an earlier run are not made again."""
+    raws = _raw_blocks(inputs)
+    number = 0
+    for block, raw in zip(spill.finished() if spill else (), raws, strict=False):
+        number += 1
+        yield raw.input_bytes, block
+    if number:
+        sys.stderr.write(f"{number} finished blocks of an earlier run are used again\n")
+    sizes: deque[int] = deque()
 
-    Raises:
-        UserError: no block holds a document.
-    """
-    kept: list[Block] = []
-    for block in blocks:
-        fate = fates[block.source_id]
-        fate.rows += block.num_rows
-        fate.truncated += block.truncated
-        for row_number, reason in block.dropped:
-            fate.dropped[reason].append(row_number)
-        kept += [block] if len(block.lengths) else []
-    if not kept:
-        raise _nothing_left(fates)
+    def noted() -> Iterator[RawBlock]:
+        for raw in raws:
+            sizes.append(raw.input_bytes)
+            yield raw
+
+    run = ray_engine.encode_blocks if encoder.config.engine == "ray" else workers.encode_blocks
+    for done, block in enumerate(run(noted(), encoder, num_workers(encoder.config)), start=number):
+        yield sizes.popleft(), spill.add(done, block) if spill else without_ids(block)
+
+
+def as_documents(corpus: Corpus, spill: Spill, fates: Sequence[SourceFate]) -> Documents:
+    """All documents, with global row numbers: document ids run over the rows of all sources."""
     first_row = np.cumsum([0, *(fate.rows for fate in fates)])
-    row_numbers = np.concatenate([block.row_numbers for block in kept])
-    source_ids = np.concatenate([np.full(len(block.lengths), block.source_id, dtype=np.int16) for block in kept])
-    lengths = np.concatenate([block.lengths for block in kept])
-    documents = Documents(
-        ids=np.concatenate([block.ids for block in kept]),
-        starts=np.cumsum(lengths, dtype=np.int64) - lengths,
-        lengths=lengths,
-        num_prefix=np.concatenate([block.num_prefix for block in kept]),
-        doc_ids=first_row[source_ids] + row_numbers - 1,
-        source_ids=source_ids,
+    return Documents(
+        ids=spill.ids(),
+        starts=np.cumsum(corpus.lengths, dtype=np.int64) - corpus.lengths,
+        lengths=corpus.lengths,
+        runs=corpus.runs,
+        first_run=np.cumsum(corpus.num_runs, dtype=np.int64) - corpus.num_runs,
+        num_runs=corpus.num_runs,
+        doc_ids=first_row[corpus.source_ids] + corpus.rows,
+        source_ids=corpus.source_ids,
     )
-    return Corpus(documents, row_numbers, np.concatenate([block.keys for block in kept]))
 
 
-def choose(config: PrepConfig, corpus: Corpus, fates: Sequence[SourceFate]) -> dict[str, NDArray[np.int64]]:
-    """Documents of each split, in row order: weights, then duplicates, then held-out rows, which are used once.
+def write_splits(
+    spill: Spill,
+    documents: Documents,
+    splits: dict[str, NDArray[np.int64]],
+    packs: dict[str, Packs],
+    shared: dict[str, Any],
+    threads: int,
+) -> Path:
+    """Write every split into a new folder, which is returned.
 
     Raises:
-        UserError: the training split, or a held-out split that was asked for, is empty.
+        UserError: the disk has no room for it.
     """
-    source_ids = corpus.documents.source_ids
-    times = np.zeros(len(source_ids), dtype=np.int64)
-    for source_id, source in enumerate(config.sources):
-        rows = source_ids == source_id
-        times[rows] = copies(corpus.keys[rows], source.weight, config.seed)
-    index = _keep(np.arange(len(times)), times > 0, filters.NOT_SAMPLED, corpus, fates)
-    if config.dedup == "exact" and len(index):
-        index = _keep(index, first_occurrences(corpus.keys[index]), filters.DUPLICATE, corpus, fates)
-    heldout = np.zeros(len(index), dtype=np.bool_)
-    if config.heldout > 0 and len(index):
-        heldout = choose_heldout(corpus.keys[index], config.heldout, config.seed)
-    train = np.repeat(index[~heldout], times[index[~heldout]])
-    for source_id, fate in enumerate(fates):
-        fate.train_rows = int((source_ids[index[~heldout]] == source_id).sum())
-        fate.heldout_rows = int((source_ids[index[heldout]] == source_id).sum())
-        fate.train_documents = int((source_ids[train] == source_id).sum())
-        used = corpus.row_numbers[index[source_ids[index] == source_id]]
-        fate.truncated = np.intersect1d(np.array(fate.truncated, dtype=np.int64), used).tolist()
-    if not len(train):
-        raise _nothing_left(fates)
-    if config.heldout > 0 and not heldout.any():
-        raise UserError(f"heldout {config.heldout:g}: keeps none of the {len(index)} rows; raise it, or set it to 0")
-    return {"train": train, "heldout": index[heldout]} if config.heldout > 0 else {"train": train}
+    folder = spill.new_output()
+    needed = sum(output_bytes(documents.lengths[index]) for index in splits.values())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+    for split, index in splits.items():
+        manifest = {**shared, "split": split}
+        write_shards(folder / split, documents.take(index), packs[split], manifest, threads=min(threads, 4))
+    return folder
 
 
-def describe_build(
-    config: PrepConfig, tokenizer: Tokenizer, key: str, fates: Sequence[SourceFate], reference: dict[str, object] | None
-) -> dict[str, Any]:
+def describe_build(encoder: Encoder, key: str, fates: Sequence[SourceFate], compared: dict[str, Any]) -> dict[str, Any]:
     """The part of the manifest that both splits share."""
+    config, tokenizer = encoder.config, encoder.tokenizer
     return {
         "content_key": key,
         "seq_len": config.seq_len,
-        "settings": config.model_dump(mode="json", exclude={"sources", "tokenizer", "out", "workers", "engine"}),
+        "settings": config.model_dump(mode="json", exclude=NOT_CONTENT),
+        "template": template_text(encoder),
         "sources": [
-            {"name": fate.name, "path": fate.path, "format": fate.format, "weight": fate.weight, "rows": fate.rows}
+            {"name": fate.name, **fate.source.model_dump(mode="json", exclude={"name"}), "rows": fate.rows}
             for fate in fates
         ],
         "tokenizer": {
@@ -243,37 +228,65 @@ def describe_build(
             "bos_id": tokenizer.bos[0] if tokenizer.bos else None,
             "eos_id": tokenizer.eos_id,
             "probe": probe_ids(tokenizer),
-            "reference": reference,
+            **compared,
         },
         "special_ids": sorted(tokenizer.special_ids),
     }
 
 
+def describe_job(
+    key: str,
+    corpus: Corpus,
+    splits: dict[str, NDArray[np.int64]],
+    packs: dict[str, Packs],
+    clusters: Clusters | None,
+    fates: Sequence[SourceFate],
+    compared: dict[str, Any],
+    seq_len: int,
+) -> dict[str, Any]:
+    """What report.json holds, but for the times."""
+    all_tokens = sum(fate.train_tokens for fate in fates)
+    described = {
+        split: describe_split(corpus.lengths[index], targets_of(corpus)[index], len(packs[split]), seq_len)
+        for split, index in splits.items()
+    }
+    written = sum(output_bytes(corpus.lengths[index]) for index in splits.values())
+    work = 4 * int(corpus.lengths.sum(dtype=np.int64)) + 40 * len(corpus)
+    return {
+        "content_key": key,
+        "sources": [fate.describe(all_tokens) for fate in fates],
+        "splits": described,
+        "tokenizer": compared,
+        "near_duplicates": None if clusters is None else describe_clusters(clusters, corpus, fates),
+        "disk_bytes": {"output": written, "while_running": written + work},
+    }
+
+
+def num_workers(config: PrepConfig) -> int:
+    """Worker processes that the options ask for."""
+    return len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
+
+
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the body succeeds, and is removed when it fails.
+def out_errors(out: Path) -> Iterator[None]:
+    """Say in one line that the output cannot be written.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be made or renamed.
+        UserError: the body raised an OSError.
     """
-    temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, out)
+        yield
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:200]
         raise UserError(
             f"out {out}: cannot be written: {reason}; check space and permissions of {out.parent}, "
-            "or choose another folder"
+            "or choose another folder; finished work is kept for the next run"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM, which schedulers send first, end the body as an exception: no worker and no folder is left behind.
+    """Let SIGTERM, which schedulers send first, end the body as an exception, so that no worker is left behind.
 
     Raises:
         SystemExit: 143, as a shell reports a process that SIGTERM ended.
@@ -289,76 +302,25 @@ def sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Clock:
+class Clock:
+    """Time spent in each stage."""
+
     def __init__(self) -> None:
         self.laps_s: dict[str, float] = {}
         self._last_s = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """End a stage."""
         now_s = time.perf_counter()
         self.laps_s[name] = now_s - self._last_s
         self._last_s = now_s
 
-
-def _raw_blocks(config: PrepConfig) -> Iterator[RawBlock]:
-    for source_id, source in enumerate(config.sources):
-        yield from read_blocks(source_id, source.path, source.format)
-
-
-def _remember_texts(texts: list[str], blocks: Iterable[RawBlock]) -> Iterator[RawBlock]:
-    """Pass blocks on, and keep the text of the first rows for the comparison with the reference tokenizer."""
-    for block in blocks:
-        for number, value in block.rows[: REFERENCE_TEXTS - len(texts)]:
-            example = parse_row(value, block.format, f"source {block.path}: row {number}")
-            texts += [example.prompt + example.response] if filters.text_reason(example) is None else []
-        yield block
+    def timings(self, rows: int) -> dict[str, float]:
+        """Seconds per stage and in all, and the rows per second of encoding."""
+        return {**self.laps_s, "total": sum(self.laps_s.values()), "rows_per_s": rows / self.laps_s["encode"]}
 
 
-def _num_workers(config: PrepConfig) -> int:
-    return len(os.sched_getaffinity(0)) if config.workers == "auto" else config.workers
-
-
-def _progress(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Rows done: a moving line on a terminal, now and then a plain line elsewhere."""
-    rows, told_s = 0, time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("encoding {task.completed:,} rows"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("encoding", total=None)
-        for block in blocks:
-            rows += block.num_rows
-            bar.update(task, completed=rows)
-            if not console.is_terminal and time.perf_counter() - told_s > PLAIN_PROGRESS_EVERY_S:
-                told_s = time.perf_counter()
-                print(f"encoded {rows:,} rows", file=sys.stderr)
-            yield block
-
-
-def _keep(
-    index: NDArray[np.int64], keep: NDArray[np.bool_], reason: str, corpus: Corpus, fates: Sequence[SourceFate]
-) -> NDArray[np.int64]:
-    for document in index[~keep].tolist():
-        fates[corpus.documents.source_ids[document]].dropped[reason].append(int(corpus.row_numbers[document]))
-    return index[keep]
-
-
-def _nothing_left(fates: Sequence[SourceFate]) -> UserError:
-    totals = {reason: sum(len(fate.dropped.get(reason, [])) for fate in fates) for reason in filters.MEANING}
-    told = [f"{count} {reason}" for reason, count in totals.items() if count]
-    told += [f"{held} held out"] if (held := sum(fate.heldout_rows for fate in fates)) else []
-    rows = sum(fate.rows for fate in fates)
-    return UserError(
-        f"sources: none of the {rows} rows is left for training ({', '.join(told)}); check input and settings"
-    )
-
-
-def _tell_disagreement(reference: dict[str, Any] | None) -> None:
-    if reference is None or reference["equal"] == reference["texts"]:
-        return
-    different = reference["texts"] - reference["equal"]
-    print(
-        f"WARNING: transformers and sentencepiece give different ids on {different} of the first "
-        f"{reference['texts']} rows; the shards hold those of {reference['used']}. Other tools that read this "
-        "tokenizer folder may not give the model these ids.",
-        file=sys.stderr,
-    )
+def _raw_blocks(inputs: Sequence[InputFile]) -> Iterator[RawBlock]:
+    for file in inputs:
+        yield from read_blocks(file.source_id, file.path)
+        file.check_unchanged()

@@ -98,7 +98,8 @@ def _encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     if tokenizer.sentencepiece is None:
         return tokenizer.decode(ids)
-    text, part = "", []
+    text = ""
+    part: list[int] = []
     for token in ids:
         if token in tokenizer.special_ids:
             text, part = text + tokenizer.decode(part) + tokenizer.token(token), []

@@ -1,4 +1,4 @@
-"""What stands between a row of input and its tokens: the turns of a conversation, and the text a template makes of them."""
+"""What stands between a row of input and its tokens: turns of a conversation, and the text a template makes of them."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """Reasons for which a row is left out: pure functions that name the reason, or None where the row stays."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class TextFilter:
         return None
 
 
-def make_text_filter(section: FilterSection) -> Callable[[Example], str | None]:
+def make_text_filter(section: FilterSection) -> TextFilter:
     """The filter that the options ask for; the list of refusals is read here, once.
 
     Raises:
@@ -163,11 +163,6 @@ def length_reason(num_response_tokens: int, section: FilterSection) -> str | Non
     if section.max_response_tokens is not None and num_response_tokens > section.max_response_tokens:
         return TOO_LONG
     return None
-
-
-def special_token_reason(text_ids: Sequence[int], special_ids: frozenset[int]) -> str | None:
-    """`special_token_in_text` where ids that came from the row's text are special: a row could end a document early."""
-    return None if special_ids.isdisjoint(text_ids) else SPECIAL_TOKEN_IN_TEXT
 
 
 def _has_response(example: Example) -> bool:

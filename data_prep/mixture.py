@@ -5,21 +5,19 @@ its fate when other rows are added or removed (with `heldout` as a fraction).
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from data_prep.formats import Example
 
-
-def text_key(example: Example) -> bytes:
-    """16 bytes that stand for the prompt and response of a row."""
-    prompt, response = example.prompt.encode("utf-8"), example.response.encode("utf-8")
-    digest = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
-    digest.update(prompt)
-    digest.update(response)
-    return digest.digest()
+def text_key(content: str) -> bytes:
+    """16 bytes that stand for the text of a row, whatever its Unicode form (NFC, NFD) and white space."""
+    if not content.isascii():
+        content = unicodedata.normalize("NFC", content)
+    return xxhash.xxh3_128_digest(" ".join(content.split()).encode())
 
 
 def keys_to_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -64,6 +62,37 @@ def choose_heldout(keys: NDArray[np.uint64], heldout: float, seed: int) -> NDArr
         if room == 0:
             break
     return chosen
+
+
+def balanced(values: NDArray[np.str_], keys: NDArray[np.uint64], seed: int) -> NDArray[np.bool_]:
+    """Which of n rows stay [n] so that every value is as frequent as the rarest: those with the smallest hashes."""
+    if not len(values):
+        return np.zeros(0, dtype=np.bool_)
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    order = np.lexsort((keys[:, 1], keys[:, 0], seeded_hash(keys, seed, "balance"), codes))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    stays = np.zeros(len(values), dtype=np.bool_)
+    stays[order] = rank < counts.min()
+    return stays
+
+
+def replay_copies(
+    keys: NDArray[np.uint64], lengths: NDArray[np.int32], wanted_tokens: int, seed: int
+) -> NDArray[np.int64]:
+    """How often each of n rows is used [n] so that together they have about `wanted_tokens`.
+
+    All rows as often as they go whole, then rows in the order of their hash until the next one would take the sum
+    farther from what is wanted; at least one row.
+    """
+    tokens = lengths.astype(np.int64)
+    whole, rest = divmod(wanted_tokens, int(tokens.sum()))
+    order = np.lexsort((keys[:, 1], keys[:, 0], seeded_hash(keys, seed, "replay")))
+    ends = np.cumsum(tokens[order])
+    times = np.full(len(tokens), whole, dtype=np.int64)
+    times[order[ends - tokens[order] // 2 <= rest]] += 1
+    if not times.any():
+        times[order[0]] = 1
+    return times
 
 
 def _threshold(fraction: float) -> np.uint64:

@@ -74,7 +74,8 @@ def _patterns(left: NDArray[np.int64], seq_len: int) -> Iterator[tuple[int, dict
         if not longest:
             return
         needs: dict[int, int] = {}
-        room, chosen = seq_len, (longest,)
+        room = seq_len
+        chosen: tuple[int, ...] = (longest,)
         while chosen:
             for length in chosen:
                 needs[length] = needs.get(length, 0) + 1

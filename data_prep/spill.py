@@ -1,0 +1,183 @@
+"""Finished blocks on disk while a job runs: memory stays flat, and a killed job goes on where it was.
+
+`<out>.work/` holds the content key of the job, `tokens.bin` (the ids of all documents, int32, end to end) and one file
+per finished block with everything else. Blocks are written in order; a block counts once its file has its name, and
+the digest in it is that of its tokens. The folder is locked while a job works in it and removed when it is done.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.numpy
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from data_prep.blocks import Block, Overlap
+from data_prep.documents import Encoded
+from data_prep.workers import WorkerLost
+from sft.errors import UserError
+
+NO_IDS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Spill:
+    """The work folder of a running job."""
+
+    folder: Path
+    tokens: BinaryIO
+
+    def finished(self) -> Iterator[Block]:
+        """The blocks that an earlier run has left behind, in order and without ids; anything torn is cut off."""
+        end = 0
+        for number in range(len(os.listdir(self.folder / "blocks"))):
+            loaded = _load_block(self._block_file(number))
+            if loaded is None:
+                break
+            block, num_tokens, digest = loaded
+            self.tokens.seek(end)
+            if xxhash.xxh3_64_hexdigest(self.tokens.read(4 * num_tokens)) != digest:
+                break
+            end += 4 * num_tokens
+            yield block
+        self.tokens.truncate(end)
+        self.tokens.seek(end)
+
+    def add(self, number: int, block: Block) -> Block:
+        """Write block `number`, and return it without its ids."""
+        ids = np.ascontiguousarray(block.encoded.ids)
+        self.tokens.write(ids.data)
+        self.tokens.flush()
+        file = self._block_file(number)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(_block_bytes(block, len(ids), xxhash.xxh3_64_hexdigest(ids.data)))
+        temporary.replace(file)
+        return without_ids(block)
+
+    def ids(self) -> NDArray[np.int32]:
+        """All ids so far, mapped from the file."""
+        size = self.tokens.tell() // 4
+        return (
+            np.asarray(np.memmap(self.folder / "tokens.bin", dtype="<i4", mode="r", shape=(size,))) if size else NO_IDS
+        )
+
+    def new_output(self) -> Path:
+        """An empty folder in which to build the output."""
+        folder = self.folder / "new"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def _block_file(self, number: int) -> Path:
+        return self.folder / "blocks" / f"{number:08d}.safetensors"
+
+
+@contextmanager
+def work_folder(out: Path, key: str) -> Iterator[Spill]:
+    """The locked work folder of the job `key` that writes `out`; removed when the body succeeds.
+
+    Raises:
+        UserError: another process works on the same output.
+        OSError: the folder cannot be made or written.
+    """
+    folder = out.with_name(f"{out.name}.work")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder, out):
+        recorded = folder / "key"
+        if not recorded.is_file() or recorded.read_text(encoding="ascii", errors="replace") != key:
+            for name in ("key", "tokens.bin"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "blocks", ignore_errors=True)
+            (folder / "blocks").mkdir()
+            (folder / "tokens.bin").touch()
+            recorded.write_text(key, encoding="ascii")
+        try:
+            with open(folder / "tokens.bin", "r+b") as tokens:
+                yield Spill(folder, tokens)
+        except UserError as error:
+            if not isinstance(error, WorkerLost):
+                shutil.rmtree(folder)  # other input or options are another job, which could not use these blocks
+            raise
+        shutil.rmtree(folder)
+
+
+def without_ids(block: Block) -> Block:
+    """The block as it is kept in memory."""
+    return replace(block, encoded=replace(block.encoded, ids=NO_IDS))
+
+
+@contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    with open(folder / "lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"out {out}: another sft prep is writing it ({owner}); wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise  # those three: a network file system without locks; then the user sees to it
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+        lock.flush()
+        yield
+
+
+def _block_bytes(block: Block, num_tokens: int, digest: str) -> bytes:
+    arrays: dict[str, NDArray[Any]] = {
+        "rows": block.rows,
+        "keys": block.keys,
+        "lengths": block.encoded.lengths,
+        "num_runs": block.encoded.num_runs,
+        "runs": block.encoded.runs,
+        "truncated": block.truncated,
+    }
+    if block.signatures is not None:
+        arrays["signatures"] = block.signatures
+    rest = {
+        "source_id": block.source_id,
+        "num_rows": block.num_rows,
+        "groups": block.groups,
+        "dropped": block.dropped,
+        "overlaps": [[overlap.row, overlap.item, overlap.text] for overlap in block.overlaps],
+        "num_tokens": num_tokens,
+        "digest": digest,
+    }
+    contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    return safetensors.numpy.save(contiguous, metadata={"block": json.dumps(rest)})
+
+
+def _load_block(file: Path) -> tuple[Block, int, str] | None:
+    """(block, tokens, digest of its tokens), or None where the file is missing or not whole."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            rest = json.loads(tensors.metadata()["block"])
+            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        return None
+    block = Block(
+        source_id=rest["source_id"],
+        num_rows=rest["num_rows"],
+        rows=arrays["rows"],
+        keys=arrays["keys"],
+        encoded=Encoded(NO_IDS, arrays["lengths"], arrays["num_runs"], arrays["runs"]),
+        truncated=arrays["truncated"],
+        signatures=arrays.get("signatures"),
+        groups=tuple(rest["groups"]),
+        dropped=tuple((row, reason) for row, reason in rest["dropped"]),
+        overlaps=tuple(Overlap(*overlap) for overlap in rest["overlaps"]),
+    )
+    return block, rest["num_tokens"], rest["digest"]
