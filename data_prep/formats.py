@@ -4,13 +4,9 @@ A conversation that ends with anything but an assistant's turn is cut after the 
 from the rest. One that begins with the assistant is allowed here; the template says whether it has a place for it.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from data_prep.example import Turn
 from sft.config import Source
@@ -237,109 +233,3 @@ _FORMATS = {
     "sharegpt": _Format(_parse_sharegpt, ("conversations", "from", "value", "system")),
     "text": _Format(_parse_text, ("text",)),
 }
-
-
-Format = Literal["alpaca", "text"]
-
-
-class _Repeating(dict[str, Any]):
-    """A JSON object in which `key` stands more than once, so that one of its values is lost."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as text: the model sees `prompt` and learns `response`. Plain text has an empty prompt."""
-
-    prompt: str
-    response: str
-
-
-def read_rows(path: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number, decoded JSON value) of a .json array or of a .jsonl file.
-
-    Raises:
-        UserError: the file is missing, unreadable, of another kind, not JSON, or holds no rows; or a row has a key
-            twice.
-    """
-    rows = 0
-    with _file_errors(path):
-        for rows, value in _read_array(path) if Path(path).suffix == ".json" else _read_lines(path):
-            if isinstance(value, _Repeating):
-                raise UserError(f"source {path}: row {rows}: key {shorten(value.key)} stands twice; keep one of them")
-            yield rows, value
-    if rows == 0:
-        raise UserError(f"source {path}: holds no rows; remove it from sources")
-
-
-def file_digest(path: str) -> str:
-    """sha256 of the bytes of an input file.
-
-    Raises:
-        UserError: the file is missing, unreadable or of another kind.
-    """
-    digest = hashlib.sha256()
-    with _file_errors(path), open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _file_errors(path: str) -> Iterator[None]:
-    try:
-        if Path(path).is_dir():
-            raise UserError(f"source {path}: is a folder; give the file")
-        if Path(path).suffix not in (".json", ".jsonl"):
-            raise UserError(f"source {path}: not a .json or .jsonl file; convert it, or rename it if it is one")
-        yield
-    except FileNotFoundError:
-        raise UserError(f"source {path}: no such file; check sources[].path") from None
-    except OSError as error:
-        raise UserError(f"source {path}: cannot be read: {error.strerror}") from None
-
-
-def _read_array(path: str) -> Iterator[tuple[int, Any]]:
-    content = Path(path).read_bytes()
-    if not content.strip():
-        raise UserError(f"source {path}: is empty; remove it from sources")
-    try:
-        values = json.loads(content, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        hint = "; if it has one object per line, name it .jsonl" if "Extra data" in str(error) else ""
-        raise UserError(f"source {path}: not valid JSON: {_reason(error)}{hint}") from None
-    if not isinstance(values, list):
-        raise UserError(f"source {path}: holds {shorten(values)}, expected one array of objects")
-    yield from enumerate(values, start=1)
-
-
-def _read_lines(path: str) -> Iterator[tuple[int, Any]]:
-    blank = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                blank = blank or number
-                continue
-            if blank:
-                raise UserError(f"source {path}: line {blank} is empty; remove it, one object per line")
-            try:
-                value = json.loads(line, object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                shown = shorten(line.decode("utf-8", "replace").rstrip("\r\n"))
-                raise UserError(f"source {path}: line {number} is not valid JSON: {_reason(error)}: {shown}") from None
-            yield number, value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    keys = [key for key, _ in pairs]
-    repeating = _Repeating(found)
-    repeating.key = next(key for key in keys if keys.count(key) > 1)
-    return repeating
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
