@@ -140,10 +140,10 @@ def _render_tokens(ids: NDArray[np.int32], labels: NDArray[np.int32], tokenizer:
     texts = token_texts(ids.tolist(), tokenizer)
     for token, text, supervised in zip(ids.tolist(), texts, (labels != IGNORE).tolist(), strict=True):
         tag = "b" if supervised else "i"
-        if token in tokenizer.special_ids:
-            kind, shown = ' class="x"', escape(text)
-        elif text is None:
+        if text is None:
             kind, shown = "", "<u>▪</u>"
+        elif token in tokenizer.special_ids:
+            kind, shown = ' class="x"', escape(text)
         else:
             kind, shown = "", _visible(text)
         yield f'<{tag}{kind} data-t="{token}">{shown}</{tag}>'
