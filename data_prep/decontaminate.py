@@ -139,13 +139,21 @@ class Decontaminator:
             self.short_texts.setdefault(self.ids[start : start + MIN_WORDS].tobytes(), []).append(text)
 
     def find(self, text: str) -> Hit | None:
-        """The longest overlap of a row's text with an item, the first of equally long ones; None without any."""
+        """The longest overlap of a row's text with an item, the first of equally long ones; None without any.
+
+        A run of words that several texts hold counts for the first of them, and runs of one item that touch are one.
+        """
         get = self.vocabulary.get
         ids = np.array([get(word, 0) for word in words(text)], dtype=np.int32)
-        best = (0, 0, 0)
+        best = run = (0, 0, 0)
         for at, position in self.long.find(ids):
-            if at + self.ngram > best[1] + best[0]:  # not inside the run that was found before
-                best = max(best, self._extend(ids, at, position), key=lambda run: run[0])
+            length, first, number = run
+            if length and at + self.ngram <= first + length:  # inside the run that was found before
+                continue
+            run = self._extend(ids, at, position)
+            if length and run[1] <= first + length and self.names[run[2]] == self.names[number]:
+                run = (run[1] + run[0] - first, first, number)
+            best = max(best, run, key=lambda run: run[0])
         for at, _ in self.short.find(ids):
             for number in self.short_texts.get(ids[at : at + MIN_WORDS].tobytes(), []):
                 whole = self.ids[self.starts[number] : self.starts[number + 1]]

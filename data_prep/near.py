@@ -10,7 +10,7 @@ from data_prep.words import pieces
 from sft.config import NearSection
 
 NUM_PERMUTATIONS = 128
-"""uint32 per row: 512 bytes; the estimate's standard deviation is sqrt(s (1 - s) / 128), 0.035 at s = 0.8."""
+"""uint32 per row: 512 bytes; the estimate's standard deviation is at most sqrt(s (1 - s) / 128), 0.035 at s = 0.8."""
 MIN_RECALL = 0.99
 """Probability that a pair just as similar as the threshold becomes a candidate."""
 ROWS_PER_CALL = 128
@@ -79,6 +79,8 @@ def near_duplicates(signatures: Signatures, section: NearSection) -> NDArray[np.
     Two rows are joined where they share a band and at least `threshold` of their signature's values are equal;
     clusters are the connected components. They do not depend on the order in which pairs are found.
     """
+    if not len(signatures):
+        return np.empty(0, dtype=np.int64)
     distinct, first, inverse = _distinct_rows(signatures)
     parents = np.arange(len(distinct), dtype=np.int64)
     bands, rows = bands_for(section.threshold)
@@ -128,7 +130,7 @@ def _buckets(part: Signatures) -> list[NDArray[np.int64]]:
     shared = same_as_next.copy()
     shared[1:] |= same_as_next[:-1]
     order, same_as_next = order[shared], same_as_next[shared]
-    return np.split(order, np.flatnonzero(~same_as_next)[:-1] + 1) if len(order) else []
+    return np.split(order, np.flatnonzero(~same_as_next)[:-1] + 1)
 
 
 def _join_bucket(signatures: Signatures, bucket: NDArray[np.int64], needed: int, parents: NDArray[np.int64]) -> None:
