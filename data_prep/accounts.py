@@ -20,7 +20,6 @@ class MadeSource(BaseModel):
 
 
 class MadeWith(BaseModel):
-    template: str
     overlong: Literal["drop", "truncate", "error"]
 
 
@@ -30,6 +29,8 @@ class Made(BaseModel):
     split: str
     fill: float
     settings: MadeWith
+    template: str | list[str]
+    """Text of the chat template, or the Alpaca prompts."""
     sources: list[MadeSource]
     special_ids: list[int]
 
@@ -88,7 +89,7 @@ def contract_of(manifest: dict[str, Any], made: Made) -> Contract:
     tokenizer = manifest["tokenizer"]
     bos, eos = tokenizer["bos_id"], tokenizer["eos_id"]
     special = frozenset(made.special_ids) | {eos}
-    is_chat = made.settings.template != "alpaca"
+    is_chat = isinstance(made.template, str)
     return Contract(
         seq_len=manifest["seq_len"],
         vocab_size=tokenizer["vocab_size"],

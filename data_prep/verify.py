@@ -117,6 +117,8 @@ def verify(folder: Path, tokenizer: str | None) -> tuple[Findings, list[Tally]]:
         _check_report(report, tallies, findings, whole)
     if manifests:
         _check_tokenizer(next(iter(manifests.values()))[0], tokenizer, findings)
+    if len(manifests) < len(paths):
+        findings.unchecked["files"] = "not in full, because of what could not be read"
     _name_unchecked(findings, tallies, len(paths), whole)
     return findings, tallies
 

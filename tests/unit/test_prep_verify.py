@@ -20,7 +20,7 @@ from data_prep.contracts import Contract, check_batch
 from sft.cli import dispatch
 from sft.errors import run_command
 from tests import tiny
-from tests.prep_support import alpaca_rows, prepare, write_json
+from tests.prep_support import prepare, write_json
 from tests.tiny import BOS, EOS, make_tokenizer
 
 Rows = list[dict[str, Any]]
@@ -30,14 +30,21 @@ PLAIN = 70
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources, one of them used twice, with held-out rows."""
+    """Two sources, one of them used twice, with held-out rows; a pack holds several documents."""
     base = tmp_path_factory.mktemp("verify")
-    rows = alpaca_rows(40)
+    rows = [
+        {
+            "instruction": f"Task {number}",
+            "input": "",
+            "output": f"answer {number} " + "é🙂x"[number % 3] * number,
+        }
+        for number in range(40)
+    ]
     first, second = write_json(base / "a.json", rows[:25]), write_json(base / "b.json", rows[25:])
     config = {
         "sources": [{"path": str(first), "weight": 2.0}, {"path": str(second)}],
         "tokenizer": str(make_tokenizer(base / "tokenizer")),
-        "heldout": 6,
+        "heldout": 8,
     }
     prepare(base / "out", config=write_json(base / "prep.yaml", config))
     return base / "out"
@@ -204,11 +211,14 @@ def swap_sources(rows: Rows) -> None:
         row["source_ids"] = [{7: 1, 8: 0}.get(source, source) for source in row["source_ids"]]
 
 
+def places_of(rows: Rows, source_id: int) -> list[tuple[dict[str, Any], int]]:
+    """(pack, number of the document in it) of every document of a source."""
+    return [(row, number) for row in rows for number, source in enumerate(row["source_ids"]) if source == source_id]
+
+
 def same_document(rows: Rows) -> None:
     """A document of source b, which is used once, takes the id of another one."""
-    (first, at), (second, to) = [(row, i) for row in rows for i, source in enumerate(row["source_ids"]) if source == 1][
-        :2
-    ]
+    (first, at), (second, to) = places_of(rows, source_id=1)[:2]
     first["doc_ids"][at] = second["doc_ids"][to]
 
 
@@ -288,8 +298,8 @@ def test_a_document_in_both_splits(folder: Path) -> None:
 
 def test_a_heldout_document_is_there_once(folder: Path) -> None:
     def twice(rows: Rows) -> None:
-        of_a = [i for i, source in enumerate(rows[0]["source_ids"]) if source == 0]
-        rows[0]["doc_ids"][of_a[0]] = rows[0]["doc_ids"][of_a[1]]
+        (first, at), (second, to) = places_of(rows, source_id=0)[:2]
+        first["doc_ids"][at] = second["doc_ids"][to]
 
     edit_rows(folder, twice, "heldout")
     only(problems(folder), "document ids", "of source a is there 2 times, not 1")
