@@ -42,8 +42,10 @@ def arrow_batches(path: Path, block_bytes: int) -> Iterator[tuple[pa.RecordBatch
         UserError: the file is damaged or not complete, or two columns have one name.
     """
     with _damage(path, "Arrow"), pa.OSFile(str(path)) as file:
-        if file.size() < len(_STREAM_END) or file.read_at(len(_STREAM_END), file.size() - 8) != _STREAM_END:
+        file.seek(max(0, file.size() - len(_STREAM_END)))
+        if file.read() != _STREAM_END:
             raise UserError(f"source {path}: not a whole Arrow stream: it has no end mark; copy or save it again")
+        file.seek(0)
         with pa.ipc.open_stream(file) as stream:
             _check_names(path, stream.schema)
             start = 0
