@@ -521,6 +521,33 @@ def test_conversations(folder: Path, ids: list[int], marks: list[int], check: st
     assert np.array_equal(counted.doc_ids, [0, 1, 2])
 
 
+def test_a_build_of_conversations(tmp_path: Path) -> None:
+    """As Llama-2's own template has it: BOS before every turn of the user, a stop token after every answer."""
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "ask"), ("assistant", "answer")] * 2
+    rows = [{"messages": [{"role": role, "content": f"{word} {n}"} for role, word in turns]} for n in range(9)]
+    config = {
+        "sources": [{"path": str(write_json(tmp_path / "a.json", rows)), "format": "messages"}],
+        "template": str(tmp_path / "chat.jinja"),
+        "tokenizer": str(make_tokenizer(tmp_path / "tokenizer")),
+    }
+    prepare(tmp_path / "out", config=write_json(tmp_path / "prep.yaml", config))
+    assert problems(tmp_path / "out") == []
+
+    def no_first_stop(rows: Rows) -> None:
+        at = rows[0]["labels"].index(EOS)
+        assert rows[0]["input_ids"][at + 1] == BOS
+        rows[0]["input_ids"][at] = rows[0]["labels"][at] = PLAIN
+
+    edit_rows(tmp_path / "out", no_first_stop)
+    found = problems(tmp_path / "out")
+    assert [check for check, _ in found] == ["stop tokens", "BOS"]  # BOS may follow a stop token only
+    assert "doc 0 in pack 0" in found[0][1]
+
+
 def test_a_bos_that_is_also_the_stop_token_says_nothing(folder: Path) -> None:
     """As where a tokenizer uses one token for both; it must still start every document."""
     contract = Contract(
