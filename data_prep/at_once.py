@@ -73,17 +73,16 @@ def encode_at_once(
     byte_ends = np.cumsum(flat.num_bytes + len(fast.gap))
     byte_starts = byte_ends - flat.num_bytes  # behind the gap
     good = (ends[offsets[1:]] == byte_ends) & (offsets[1:] > offsets[:-1])
-    expected = np.frombuffer((fast.gap + fast.gap.join(flat.texts)).encode(), dtype=np.uint8)
+    expected = np.frombuffer(fast.gap.join(["", *flat.texts]).encode(), dtype=np.uint8)
     if len(expected) != len(spelled) or not np.array_equal(expected, spelled):
         good &= _spelled_right(expected, spelled, byte_ends, ends[offsets])
     special = np.zeros(max(tokenizer.vocab_size, int(ids.max(initial=0)) + 1), dtype=np.bool_)
     special[list(tokenizer.special_ids)] = True
     is_special = special[ids]
     stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
-    if is_special.any():
-        good &= ~stop | (np.add.reduceat(is_special, offsets[:-1]) == 0 if len(ids) else True)
-    run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends, byte_starts)
     before = np.cumsum(np.append(0, is_special))
+    good &= ~stop | (before[offsets[1:]] == before[offsets[:-1]])
+    run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends, byte_starts)
     inside = before[offsets[flat.span_text] + run_ends] - before[offsets[flat.span_text] + run_starts]
     last = special[ids[np.maximum(offsets[flat.span_text] + run_ends - 1, 0)]] if len(ids) else inside > 0
     spans_stop = stop[flat.span_text]

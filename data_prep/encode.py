@@ -150,7 +150,8 @@ def truncate(tokenizer: Tokenizer, example: Example, document: Document, seq_len
         before = _decode(tokenizer, document.ids[len(tokenizer.bos) : start])
         for cut in range(min(seq_len, end - 1), start, -1):
             shown = _decode(tokenizer, document.ids[len(tokenizer.bos) : cut])
-            if len(shown) > len(before) and (before + responses[position]).startswith(shown):
+            whole = not shown.endswith("\ufffd")  # half a character decodes to it, also where the text itself holds one
+            if whole and len(shown) > len(before) and (before + responses[position]).startswith(shown):
                 runs = [*document.runs[:position], (start, cut)]
                 return Document(document.ids[:cut], runs, truncated=True)
     return None
