@@ -104,7 +104,8 @@ def write_packs(out: Path, tokenizer_folder: Path, vocab: int, options: argparse
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     documents = Documents(
         ids=random.randint(3, vocab, int(lengths.sum())).astype(np.int32), starts=starts, lengths=lengths,
-        num_prefix=(lengths * 0.4).astype(np.int32), doc_ids=np.arange(len(lengths)),
+        runs=np.stack([(lengths * 0.4).astype(np.int32), lengths], axis=1), first_run=np.arange(len(lengths)),
+        num_runs=np.ones(len(lengths), np.int32), doc_ids=np.arange(len(lengths)),
         source_ids=np.zeros(len(lengths), np.int16),
     )  # fmt: skip
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -155,7 +156,7 @@ def run_trl(model: Path, data: Path, out: Path, options: argparse.Namespace, gpu
         "micro_batch": options.micro_batch, "strategy": str(REPO / "ds_configs" / "zero3.json"),
         "accumulation": options.rows_per_step // options.micro_batch // options.ranks,
     }  # fmt: skip
-    launch(options.ranks, [str(REPO / "benchmarks" / "trl_peer.py"), json.dumps(facts)])
+    launch(options.ranks, [str(REPO / "benchmarks" / "train_trl.py"), json.dumps(facts)])
     steps = json.loads(out.read_text())
     times = steps["step_time_s"][WARMUP_STEPS:]
     tokens = open_shards(data).num_tokens.mean() * options.rows_per_step

@@ -115,30 +115,33 @@ def output_bytes(lengths: NDArray[np.int32]) -> int:
 
 
 def summary_tables(report: dict[str, Any]) -> list[Table]:
-    """The report as compact tables: rows by source, what was packed, and where the time went."""
-    rows = Table("source", "rows", "train", "held out", "truncated", "tokens", "share", "dropped", title="input rows")
+    """The report as two compact tables: rows by source, and what was packed."""
+    rows = Table("source", "rows in", "train", "held out", "dropped", "tokens", "share", title="rows")
     for source in report["sources"]:
-        reasons = ", ".join(f"{item['count']:,} {reason}" for reason, item in source["dropped"].items())
-        counts = (source["rows_in"], source["rows_train"], source["rows_heldout"], source["truncated"]["count"])
-        tokens = (f"{source['tokens_train']:,}", f"{source['token_share']:.1%}")
-        rows.add_row(escape(source["name"]), *(f"{count:,}" for count in counts), *tokens, reasons or "none")
-    packed = Table(
-        "split", "packs", "documents", "tokens", "targets", "fill", "p50", "p90", "p99", "max", title="packed"
-    )
+        dropped = sum(item["count"] for item in source["dropped"].values())
+        counts = (source["rows_in"], source["rows_train"], source["rows_heldout"], dropped, source["tokens_train"])
+        rows.add_row(escape(source["name"]), *(f"{count:,}" for count in counts), f"{source['token_share']:.1%}")
+    packed = Table("split", "packs", "documents", "tokens", "targets", "fill", title="packs")
     for split, item in report["splits"].items():
         counts = (item["packs"], item["documents"], item["tokens"], item["labels"])
-        spread = (str(item["document_tokens"][point]) for point in ("p50", "p90", "p99", "max"))
-        packed.add_row(split, *(f"{count:,}" for count in counts), f"{item['fill']:.2%}", *spread)
-    packed.caption = "p50 to max: tokens per document"
+        packed.add_row(split, *(f"{count:,}" for count in counts), f"{item['fill']:.2%}")
     return [rows, packed]
 
 
 def summary_lines(report: dict[str, Any], dry_run: bool) -> list[str]:
     """What else a user wants to know: encoder, rates, disk, near-duplicates, overlaps with evaluation items."""
     timings, disk = report["timings_s"], report["disk_bytes"]
-    stages = ", ".join(f"{stage} {timings[stage]:.2f} s" for stage in timings if stage not in ("total", "rows_per_s"))
+    lines = []
+    for source in report["sources"]:
+        reasons = [f"{item['count']:,} {reason}" for reason, item in source["dropped"].items()]
+        reasons += [f"{source['truncated']['count']:,} truncated (kept)"] if source["truncated"]["count"] else []
+        lines += [f"{source['name']}: {', '.join(reasons)}"] if reasons else []
+    for split, item in report["splits"].items():
+        spread = ", ".join(f"{point} {value:,.0f}" for point, value in item["document_tokens"].items())
+        lines.append(f"{split}: tokens per document: {spread}")
     encoder = report["tokenizer"]["encoder"]
-    lines = [
+    stages = ", ".join(f"{stage} {timings[stage]:.2f} s" for stage in timings if stage not in ("total", "rows_per_s"))
+    lines += [
         f"tokens by {encoder['used']}, equal to {encoder['reference']} on {encoder['equal']}/{encoder['texts']} texts",
         f"time: {stages}; {timings['rows_per_s']:,.0f} rows/s encoded",
     ]
