@@ -15,6 +15,9 @@ MIN_RECALL = 0.99
 """Probability that a pair just as similar as the threshold becomes a candidate."""
 ROWS_PER_CALL = 128
 """rensa starts threads of its own from 256 rows on, which neither survive a fork nor leave the other cores alone."""
+PATIENCE = 32
+LARGE_BUCKET = 256
+"""Rows. After PATIENCE rows of a bucket with more than this left, the rest is compared by rarer values only."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 """2^64 divided by the golden ratio: an odd number with evenly spread bits (Knuth, section 6.4)."""
 PAIRS_AT_ONCE = 1 << 14
@@ -77,7 +80,8 @@ def near_duplicates(signatures: Signatures, section: NearSection) -> NDArray[np.
     """Cluster of each row, int64 [n]: the index of the cluster's first row.
 
     Two rows are joined where they share a band and at least `threshold` of their signature's values are equal;
-    clusters are the connected components. They do not depend on the order in which pairs are found.
+    clusters are the connected components. Above LARGE_BUCKET rows with one band in common, pairs that have only very
+    common values in common may be left apart.
     """
     if not len(signatures):
         return np.empty(0, dtype=np.int64)
@@ -134,11 +138,18 @@ def _buckets(part: Signatures) -> list[NDArray[np.int64]]:
 
 
 def _join_bucket(signatures: Signatures, bucket: NDArray[np.int64], needed: int, parents: NDArray[np.int64]) -> None:
-    """Join the bucket's rows that are similar: from each row to all that are not yet in its cluster."""
-    left = bucket
+    """Join the bucket's rows that are similar: from each row to all that are not yet in its cluster.
+
+    Cheap where most rows are alike, or few; where many differ it would take the square of their number.
+    """
+    left, compared = bucket, 0
     while len(left):
         reached, left = left[:1], left[1:]
         while len(reached) and len(left):
+            if compared == PATIENCE and len(left) > LARGE_BUCKET:
+                _join_by_values(signatures, np.concatenate([reached, left]), needed, parents)
+                return
+            compared += 1
             row, reached = reached[0], reached[1:]
             similar = _similar(signatures, row, left, needed)
             for other in left[similar]:
@@ -147,12 +158,24 @@ def _join_bucket(signatures: Signatures, bucket: NDArray[np.int64], needed: int,
             left = left[~similar]
 
 
+def _join_by_values(signatures: Signatures, rows: NDArray[np.int64], needed: int, parents: NDArray[np.int64]) -> None:
+    """The same for many rows that mostly differ, as where all begin with one long instruction.
+
+    Compared are the rows that share at least one value which few have; those of the instruction, many have.
+    """
+    for column in range(NUM_PERMUTATIONS):
+        for group in _buckets(signatures[rows, column : column + 1]):
+            if len(group) <= LARGE_BUCKET:
+                _join_bucket(signatures, rows[group], needed, parents)
+
+
 def _similar(signatures: Signatures, row: np.int64, others: NDArray[np.int64], needed: int) -> NDArray[np.bool_]:
     """Whether each of the others agrees with the row in enough values."""
     found = np.empty(len(others), dtype=np.bool_)
     for start in range(0, len(others), PAIRS_AT_ONCE):
         some = others[start : start + PAIRS_AT_ONCE]
-        found[start : start + len(some)] = (signatures[some] == signatures[row]).sum(axis=1) >= needed
+        equal = (signatures[some] == signatures[row]).view(np.uint8)
+        found[start : start + len(some)] = equal.sum(axis=1, dtype=np.uint8) >= needed
     return found
 
 

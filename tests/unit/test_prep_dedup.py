@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from data_prep import near
 from data_prep.dedup import first_occurrences
 from data_prep.near import Signer, algorithm, bands_for, near_duplicates, shingles
 from sft.config import NearSection
@@ -161,6 +162,24 @@ def test_no_rows_and_one_row():
 def test_many_equal_rows_are_cheap():
     signatures = np.repeat(with_similarity([128, 0]), 20000, axis=0)
     assert near_duplicates(signatures, NearSection()).tolist() == [0] * 20000 + [20000] * 20000
+
+
+def test_one_long_instruction_in_all_rows_costs_no_square(monkeypatch):
+    """Similarity 0.6 of all pairs: most rows share most bands, and only the planted copies are alike."""
+    compared = []
+    similar = near._similar
+    monkeypatch.setattr(near, "PATIENCE", 8)
+    monkeypatch.setattr(near, "LARGE_BUCKET", 32)
+    monkeypatch.setattr(near, "_similar", lambda *args: compared.append(len(args[2])) or similar(*args))
+    head = " ".join(texts(1, words=120, seed=9)[0])
+    bodies = texts(1500, words=30)
+    bodies += [edited(words, edits=1, seed=number) for number, words in enumerate(bodies[:50])]
+    found = clusters([f"{head} {' '.join(words)}" for words in bodies])
+    assert found == [*range(1500), *range(50)]
+    cheap, compared[:] = sum(compared), []
+    monkeypatch.setattr(near, "PATIENCE", -1)
+    assert clusters([f"{head} {' '.join(words)}" for words in bodies]) == found
+    assert sum(compared) > 3 * cheap
 
 
 def test_signatures_depend_on_seed_and_ngram_and_on_nothing_else():
