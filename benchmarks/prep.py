@@ -64,9 +64,7 @@ def compare(real: list[dict[str, str]], options: argparse.Namespace, folder: Pat
     """Both sides on the same rows."""
     rows = folder / "rows.jsonl"
     write_rows(real, rows, count=options.count)
-    print(
-        f"{options.count:,} rows, {rows.stat().st_size / 1e6:.1f} MB, {options.workers} processes, {options.repeats} runs"
-    )
+    print(f"{options.count:,} rows, {rows.stat().st_size / 1e6:.1f} MB, {options.workers} processes")
     ours = [run_ours(rows, options, folder) for _ in range(options.repeats + 1)][1:]
     total_s = statistics.median(seconds for seconds, _ in ours)
     report = sorted(ours, key=lambda run: run[0])[len(ours) // 2][1]
@@ -75,7 +73,7 @@ def compare(real: list[dict[str, str]], options: argparse.Namespace, folder: Pat
     show("sft prep", options.count, total_s, stages, report["splits"]["train"]["fill"])
     floor_s = statistics.median(run_floor(rows, options) for _ in range(options.repeats))
     print(
-        f"floor       {options.count / floor_s:>9,.0f} rows/s  {floor_s:6.2f} s: read, template and tokenise, one process"
+        f"floor       {options.count / floor_s:>9,.0f} rows/s  {floor_s:6.2f} s: read, template, tokenise; one process"
     )
     if find_spec("trl") is None:
         print("trl is not installed: no peer to compare with")
@@ -96,7 +94,7 @@ def show(title: str, rows: int, seconds: float, stages: dict[str, float], fill: 
 
 
 def write_rows(real: list[dict[str, str]], path: Path, count: int | None = None, size: int | None = None) -> None:
-    """`count` rows, or as many as fill `size` bytes, as JSONL; round k pairs row i with the response of row i + 17 k."""
+    """`count` rows, or as many as fill `size` bytes; round k pairs row i with the response of row i + 17 k."""
     written = number = 0
     with open(path, "w", encoding="utf-8") as file:
         while (count is not None and number < count) or (size is not None and written < size):
@@ -168,8 +166,9 @@ def measure_memory(real: list[dict[str, str]], options: argparse.Namespace, fold
     read, tokens = report["sources"][0]["rows_in"], report["splits"]["train"]["tokens"]
     disk = sum(file.stat().st_size for file in (folder / "ours" / "train").iterdir())
     print(f"{rows.stat().st_size / 1e9:.2f} GB, {read:,} rows in {seconds:.0f} s ({read / seconds:,.0f} rows/s)")
-    print(f"peak resident memory: driver {peaks.pop(process.pid) / 2**30:.2f} GiB, "
-          f"workers {', '.join(f'{peak / 2**30:.2f}' for peak in peaks.values())} GiB; {disk / tokens:.3f} bytes per token")  # fmt: skip
+    driver = peaks.pop(process.pid) / 2**30
+    workers = ", ".join(f"{peak / 2**30:.2f}" for peak in peaks.values())
+    print(f"peak resident memory: driver {driver:.2f} GiB, workers {workers} GiB; {disk / tokens:.3f} bytes per token")
 
 
 def watch(process: subprocess.Popen[bytes], peaks: dict[int, int]) -> None:

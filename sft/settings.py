@@ -47,18 +47,19 @@ class _Parser(argparse.ArgumentParser):
 def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str | None = None) -> Config:
     """Build `model` from `--config FILE.yaml` and flags; flags win.
 
-    `positional` names a top-level option that may also be given as a bare argument. `--help`,
+    `positional` names a top-level option that may also be given as a bare argument. Flags may have hyphens for
+    underscores, and a yes-or-no flag without a value means yes. `--help`,
     `--print-config` and `--print-schema` print and leave with code 0.
 
     Raises:
         UserError: with every problem found, one per line; a typo names the nearest key.
     """
     parser = _build_parser(model, prog, positional)
-    flags, unknown = parser.parse_known_args(argv)
+    known = [name for name, _ in walk_options(model)]
+    flags, unknown = parser.parse_known_args([_with_underscores(argument, known) for argument in argv])
     if flags.print_schema:
         print(json.dumps(model.model_json_schema(), indent=2))
         raise SystemExit(0)
-    known = [name for name, _ in walk_options(model)]
     problems = _unknown_arguments(unknown, known)
     values = _read_yaml(flags.config) if flags.config else {}
     given = {name: text for name, text in vars(flags).items() if name in known and text is not None}
@@ -116,12 +117,19 @@ def _build_parser(model: type[BaseModel], prog: str, positional: str | None) -> 
     for name, field in walk_options(model):
         help_text = " ".join((field.description or "").split()).replace("%", "%%")
         default = "required" if field.is_required() else f"default: {_show(field.get_default())}"
-        parser.add_argument(f"--{name}", metavar=_metavar(field.annotation), help=f"{help_text} [{default}]")
+        value: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(f"--{name}", metavar=_metavar(field.annotation), help=f"{help_text} [{default}]", **value)
         if name == positional:
             parser.add_argument(
                 name, nargs="?", metavar=name.upper(), help=argparse.SUPPRESS, default=argparse.SUPPRESS
             )
     return parser
+
+
+def _with_underscores(argument: str, known: Sequence[str]) -> str:
+    flag, equals, value = argument.partition("=")
+    name = flag[2:].replace("-", "_")
+    return f"--{name}{equals}{value}" if flag.startswith("--") and name in known else argument
 
 
 def _show(value: Any) -> str:

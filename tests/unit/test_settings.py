@@ -336,3 +336,12 @@ def test_a_file_that_refers_to_itself_is_refused(tmp_path):
     file.write_text("out: o\ndata: &a {train: *a}\n")
     with pytest.raises(UserError, match="refers to itself"):
         load(RunConfig, ["--config", str(file)], prog="sft train")
+
+
+def test_flags_take_hyphens_and_yes_or_no_flags_no_value(tmp_path):
+    argv = ["--sources", "a.json", "--tokenizer", "t", "--out", "o", "--seq-len", "512", "--dry-run"]
+    config = load(PrepConfig, argv, prog="sft prep")
+    assert (config.seq_len, config.dry_run) == (512, True)
+    assert load(PrepConfig, [*argv, "--filters.garbled=false"], prog="sft prep").filters.garbled is False
+    with pytest.raises(UserError, match="unknown flag --seqq-len"):
+        load(PrepConfig, [*argv, "--seqq-len", "1"], prog="sft prep")
