@@ -12,12 +12,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+WHITE_SPACE = b" \t\n\r\x0b\x0c"
+
 
 def text_key(content: str) -> bytes:
-    """16 bytes that stand for the text of a row, whatever its Unicode form (NFC, NFD) and white space."""
+    """16 bytes that stand for the text of a row, whatever its Unicode form (NFC, NFD) and its white space (ASCII)."""
     if not content.isascii():
         content = unicodedata.normalize("NFC", content)
-    return xxhash.xxh3_128_digest(" ".join(content.split()).encode())
+    return xxhash.xxh3_128_digest(content.encode().translate(None, WHITE_SPACE))
 
 
 def keys_to_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:

@@ -123,8 +123,8 @@ def summary_tables(report: dict[str, Any]) -> list[Table]:
         rows.add_row(escape(source["name"]), *(f"{count:,}" for count in counts), f"{source['token_share']:.1%}")
     packed = Table("split", "packs", "documents", "tokens", "targets", "fill", title="packs")
     for split, item in report["splits"].items():
-        counts = (item["packs"], item["documents"], item["tokens"], item["labels"])
-        packed.add_row(split, *(f"{count:,}" for count in counts), f"{item['fill']:.2%}")
+        totals = (item["packs"], item["documents"], item["tokens"], item["labels"])
+        packed.add_row(split, *(f"{total:,}" for total in totals), f"{item['fill']:.2%}")
     return [rows, packed]
 
 

@@ -1,5 +1,6 @@
 """Blocks to worker processes of this host, and their results back in order."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,7 @@ def _work(encoder: Encoder, connection: Connection, parents_ends: list[Connectio
         end.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal or a scheduler tells the whole group; the parent decides
+    gc.disable()  # encoding makes no cycles, and a collection looks at every row of the block
     with suppress(EOFError, ConnectionError):
         while True:
             block = connection.recv()
