@@ -49,7 +49,7 @@ from data_prep.report import (
     summary_tables,
 )
 from data_prep.shards import Documents, write_json, write_shards
-from data_prep.spill import Spill, without_ids, work_folder
+from data_prep.spill import Spill, remove_leftover, without_ids, work_folder
 from sft.config import PrepConfig
 from sft.errors import UserError
 from sft.settings import load
@@ -78,6 +78,8 @@ def main(argv: Sequence[str]) -> None:
     key = content_key(config, encoder, inputs)
     clock.lap("digest")
     if not config.dry_run and is_up_to_date(out, key, with_heldout=config.heldout > 0):
+        with out_errors(out):
+            remove_leftover(out)
         print(f"{config.out} is up to date (content key {key})")
         return
     with sigterm_unwinds(), out_errors(out):
@@ -109,7 +111,7 @@ def build(encoder: Encoder, inputs: Sequence[InputFile], key: str, out: Path, cl
         clock.lap("choose")
         packs = {split: pack(corpus.lengths[index], config.seq_len) for split, index in splits.items()}
         clock.lap("pack")
-        report = describe_job(key, corpus, splits, packs, clusters, fates, compared, config.seq_len)
+        report = describe_job(encoder, key, corpus, splits, packs, clusters, fates, compared)
         if spill is not None:
             shared = describe_build(encoder, key, fates, compared)
             temporary = write_splits(
@@ -235,6 +237,7 @@ def describe_build(encoder: Encoder, key: str, fates: Sequence[SourceFate], comp
 
 
 def describe_job(
+    encoder: Encoder,
     key: str,
     corpus: Corpus,
     splits: dict[str, NDArray[np.int64]],
@@ -242,12 +245,13 @@ def describe_job(
     clusters: Clusters | None,
     fates: Sequence[SourceFate],
     compared: dict[str, Any],
-    seq_len: int,
 ) -> dict[str, Any]:
     """What report.json holds, but for the times."""
     all_tokens = sum(fate.train_tokens for fate in fates)
     described = {
-        split: describe_split(corpus.lengths[index], targets_of(corpus)[index], len(packs[split]), seq_len)
+        split: describe_split(
+            corpus.lengths[index], targets_of(corpus)[index], len(packs[split]), encoder.config.seq_len
+        )
         for split, index in splits.items()
     }
     written = sum(output_bytes(corpus.lengths[index]) for index in splits.values())
@@ -258,8 +262,16 @@ def describe_job(
         "splits": described,
         "tokenizer": compared,
         "near_duplicates": None if clusters is None else describe_clusters(clusters, corpus, fates),
+        "decontamination": _describe_items(encoder),
         "disk_bytes": {"output": written, "while_running": written + work},
     }
+
+
+def _describe_items(encoder: Encoder) -> dict[str, Any] | None:
+    known = encoder.decontaminator
+    if known is None:
+        return None
+    return {"items": known.num_items, "ngram": known.ngram, "too_short_to_check": known.too_short}
 
 
 def num_workers(config: PrepConfig) -> int:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,7 +90,7 @@ def work_folder(out: Path, key: str) -> Iterator[Spill]:
         UserError: another process works on the same output.
         OSError: the folder cannot be made or written.
     """
-    folder = out.with_name(f"{out.name}.work")
+    folder = _work_path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, out):
         recorded = folder / "key"
@@ -111,9 +111,25 @@ def work_folder(out: Path, key: str) -> Iterator[Spill]:
         shutil.rmtree(folder)
 
 
+def remove_leftover(out: Path) -> None:
+    """Remove the work folder of a job that was killed after its output had its name.
+
+    Raises:
+        OSError: the folder cannot be removed.
+    """
+    folder = _work_path(out)
+    if folder.is_dir():
+        with suppress(UserError), _locked(folder, out):  # where another process holds it, that one removes it
+            shutil.rmtree(folder)
+
+
 def without_ids(block: Block) -> Block:
     """The block as it is kept in memory."""
     return replace(block, encoded=replace(block.encoded, ids=NO_IDS))
+
+
+def _work_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.work")
 
 
 @contextmanager
