@@ -93,6 +93,8 @@ class _Row:
     where: str
     content: str
     """The turns' own text, without the template."""
+    similar: str
+    """What near-duplicates are judged by: without system prompts, which whole sources share."""
     example: Example
     group: str
 
@@ -154,7 +156,9 @@ def parse_examples(
             dropped.append((row, filters.CONTAMINATED))
             overlaps.append(Overlap(row, hit.item_name, hit.overlap_text))
             continue
-        kept.append(_Row(row, f"source {raw.file}: row {number}", content, example, group))
+        asked = turns if encoder.signer and not isinstance(turns, str) else ()
+        similar = _content([turn for turn in asked if turn.role != "system"]) or content
+        kept.append(_Row(row, f"source {raw.file}: row {number}", content, similar, example, group))
     return kept, dropped, overlaps
 
 
@@ -169,16 +173,15 @@ def _encode_block(encoder: Encoder, raw: RawBlock) -> Block:
         keep[list(reasons)] = False
         encoded, truncated = keep_documents(encoded, keep), truncated[keep]
         rows = [row for position, row in enumerate(rows) if position not in reasons]
-    contents = [row.content for row in rows]
     balanced = encoder.config.sources[raw.source_id].balance_by is not None
     return Block(
         source_id=raw.source_id,
         num_rows=num_rows,
         rows=np.array([row.row for row in rows], dtype=np.int32),
-        keys=keys_to_array([text_key(content) for content in contents]),
+        keys=keys_to_array([text_key(row.content) for row in rows]),
         encoded=encoded,
         truncated=truncated,
-        signatures=encoder.signer.signatures(contents) if encoder.signer else None,
+        signatures=encoder.signer.signatures([row.similar for row in rows]) if encoder.signer else None,
         groups=tuple(row.group for row in rows) if balanced else (),
         dropped=tuple(sorted(dropped)),
         overlaps=tuple(overlaps),

@@ -169,6 +169,6 @@ def _has_response(example: Example) -> bool:
     """Whether any supervised text is more than white space."""
     for text, spans in zip(example.texts, example.spans, strict=True):
         for start, end in spans:
-            if text[start:end].strip():
+            if not text[start:end].isspace():
                 return True
     return False
