@@ -70,19 +70,18 @@ def encode_at_once(
     flat = _flatten(examples)
     ids, offsets = fast.encode(flat.texts)
     spelled, ends = fast.spell(ids)
-    byte_ends = np.cumsum(flat.num_bytes + len(fast.gap))
-    byte_starts = byte_ends - flat.num_bytes  # behind the gap
-    good = (ends[offsets[1:]] == byte_ends) & (offsets[1:] > offsets[:-1])
+    right_size = np.diff(ends[offsets]) == flat.num_bytes + len(fast.gap)
+    good = right_size & (offsets[1:] > offsets[:-1])
     expected = np.frombuffer(fast.gap.join(["", *flat.texts]).encode(), dtype=np.uint8)
-    if len(expected) != len(spelled) or not np.array_equal(expected, spelled):
-        good &= _spelled_right(expected, spelled, byte_ends, ends[offsets])
+    if not right_size.all() or not np.array_equal(expected, spelled):
+        good &= _spelled_right(expected, spelled, np.cumsum(flat.num_bytes + len(fast.gap)), ends[offsets])
     special = np.zeros(max(tokenizer.vocab_size, int(ids.max(initial=0)) + 1), dtype=np.bool_)
     special[list(tokenizer.special_ids)] = True
     is_special = special[ids]
     stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
     before = np.cumsum(np.append(0, is_special))
     good &= ~stop | (before[offsets[1:]] == before[offsets[:-1]])
-    run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends, byte_starts)
+    run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends)
     inside = before[offsets[flat.span_text] + run_ends] - before[offsets[flat.span_text] + run_starts]
     last = special[ids[np.maximum(offsets[flat.span_text] + run_ends - 1, 0)]] if len(ids) else inside > 0
     spans_stop = stop[flat.span_text]
@@ -113,7 +112,6 @@ def _runs(
     ids: NDArray[np.int32],
     offsets: NDArray[np.int64],
     ends: NDArray[np.int32],
-    byte_starts: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
     """(start, end, proved) of each span [spans] in tokens of its text: what stands before is the prompt's own ids."""
     prompt_ids, prompt_offsets = fast.encode(flat.prompts)
@@ -127,7 +125,7 @@ def _runs(
     differs = prompt_ids != ids[np.minimum(where, max(len(ids) - 1, 0))] if len(ids) else np.ones(len(prompt_ids), bool)
     wrong = np.cumsum(np.append(0, differs))
     good &= wrong[prompt_offsets[1:]] == wrong[prompt_offsets[:-1]]
-    text_start = byte_starts[flat.span_text]
+    text_start = ends[first] + len(fast.gap)
     good &= (ends[first + starts] == text_start + flat.span_start) | (flat.span_start == 0)
     target = text_start + flat.span_end
     run_ends = np.searchsorted(ends, target) - first
