@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sft import augment, augment_output
 from sft.augment_models import generate, load_seq2seq
@@ -299,6 +300,17 @@ def test_a_job_that_goes_on_writes_the_same_bytes(rows, t5, tmp_path, monkeypatc
     assert not Path(f"{out}.partial").exists()
 
 
+def test_going_on_with_windows_that_write_nothing(rows, tmp_path, hook, monkeypatch):
+    name = hook("def f(rows): return [[{'output': 'x'}] if row['instruction'].endswith(' 0') else [] for row in rows]")
+    monkeypatch.setattr(augment, "WINDOW_BATCHES", 1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, before=False)
+        with pytest.raises(KeyboardInterrupt):
+            run_hook(rows, tmp_path / "out.jsonl", f"{name}:f")
+    assert len(run_hook(rows, tmp_path / "out.jsonl", f"{name}:f")) == 1
+    assert job(tmp_path / "out.jsonl")["size_bytes"] == (tmp_path / "out.jsonl").stat().st_size
+
+
 def test_control_other_windows_give_other_bytes(rows, t5, tmp_path, monkeypatch):
     """Else the test above could not notice a job that goes on in the middle of a window."""
     run(rows, tmp_path / "a.jsonl", models=t5)
@@ -467,6 +479,13 @@ def test_a_text_that_was_cut_is_no_variant(marians, tmp_path):
     assert job(tmp_path / "out.jsonl")["dropped"] == {UNFINISHED: 3}
 
 
+def test_unknown_tokens_in_the_output_are_no_variant(t5):
+    """They decode to nothing: "say {two}" would lose its braces without a word."""
+    seq2seq = load_seq2seq(str(t5), torch.device("cpu"))
+    seq2seq.model.generation_config.update(forced_bos_token_id=seq2seq.tokenizer.unk_token_id, suppress_tokens=None)
+    assert greedy(seq2seq, ["say item 1"]) == [[Dropped(UNKNOWN_CHARACTERS)]]
+
+
 def test_every_reason_has_a_meaning():
     from sft import augment_rows
 
@@ -527,6 +546,12 @@ def only_bin(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def bin_beside_other_tensors(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+
+
 def wider(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "d_ff": 48}))
@@ -546,6 +571,7 @@ def foreign_tokenizer(folder: Path) -> None:
     ("damage", "message"),
     [
         (only_bin, "holds no *.safetensors weights; convert other formats to safetensors first"),
+        (bin_beside_other_tensors, "cannot be loaded"),
         (wider, "in the shape that config.json asks for"),
         (torn, "cannot be loaded"),
         (foreign_tokenizer, "are all files of the folder of one model?"),
