@@ -115,6 +115,7 @@ def write_packs(out: Path, tokenizer_folder: Path, vocab: int, options: argparse
         "vocab_size": vocab,
         "bos_id": 1,
         "eos_id": 2,
+        "stop_id": 2,
         "probe": [],
     }
     write_shards(
@@ -124,6 +125,7 @@ def write_packs(out: Path, tokenizer_folder: Path, vocab: int, options: argparse
         {
             "content_key": "benchmark",
             "seq_len": options.seq_len,
+            "template": [],
             "sources": [{"name": "synthetic"}],
             "tokenizer": facts,
         },

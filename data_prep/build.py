@@ -229,6 +229,7 @@ def describe_build(encoder: Encoder, key: str, fates: Sequence[SourceFate], comp
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos[0] if tokenizer.bos else None,
             "eos_id": tokenizer.eos_id,
+            "stop_id": tokenizer.eos_id if encoder.chat is None else tokenizer.backend.token_to_id(encoder.chat.stop),
             "probe": probe_ids(tokenizer),
             **compared,
         },

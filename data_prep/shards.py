@@ -61,6 +61,7 @@ class _MadeWith(_Strict):
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    stop_id: int
     probe: list[_ProbeText]
 
 
@@ -70,6 +71,9 @@ class _NamedSource(_Strict):
 
 class _Manifest(_Strict):
     """What readers of a manifest rely on; it holds more."""
+
+    template: str | list[str]
+    """A chat template's text, or those of the Alpaca prompts."""
 
     content_key: str
     seq_len: int

@@ -41,8 +41,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class Source(Section):
     path: str
-    """.json (one array of objects) or .jsonl (one object per line), each also .gz or .zst; .parquet; a folder or glob of
-    these; or a folder that `datasets` saved."""
+    """.json (one array of objects) or .jsonl (one object per line), each also .gz or .zst; .parquet; a folder or glob
+    of these; or a folder that `datasets` saved."""
     name: str | None = None
     """Name in the report and the manifest; default: the stem of the path."""
     format: Literal["alpaca", "messages", "sharegpt", "text"] = "alpaca"

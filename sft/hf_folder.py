@@ -44,7 +44,9 @@ def export_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "aut
     partial.mkdir(parents=True)
     _write_config(base, partial, torch_dtype)
     _copy_tokenizer(base, partial)
-    _write_generation_config(base, partial)
+    if template := meta["identity"]["chat_template"]:
+        (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_generation_config(base, partial, meta["identity"]["stop_id"])
     _write_weights(checkpoint, meta["shapes"], partial, torch_dtype, int(max_shard_gb * 1e9))
     _verify(checkpoint, meta["shapes"], partial, torch_dtype)
     os.replace(partial, out)
@@ -134,8 +136,10 @@ def _copy_tokenizer(base: Path, out: Path) -> None:
             shutil.copyfile(base / name, out / name)
 
 
-def _write_generation_config(base: Path, out: Path) -> None:
+def _write_generation_config(base: Path, out: Path, stop_id: int) -> None:
     """The base's settings, with the stop token that training supervised first, so that generate() ends there.
+
+    A chat template may end a turn with another token (<|im_end|>) than the tokenizer's EOS, which ends a text.
 
     Edited as JSON: transformers refuses to save a config that mixes sampling values with do_sample = false,
     as Llama-2's does, and a long run would be lost at its last line.
@@ -145,7 +149,7 @@ def _write_generation_config(base: Path, out: Path) -> None:
     tokenizer = load_tokenizer(base)
     before = settings.get("eos_token_id")
     others = before if isinstance(before, list) else [] if before is None else [before]
-    stops = list(dict.fromkeys([tokenizer.eos_id, *others]))
+    stops = list(dict.fromkeys([stop_id, tokenizer.eos_id, *others]))
     settings["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     settings.setdefault("bos_token_id", tokenizer.hf.bos_token_id)
     if settings.get("pad_token_id") is None:

@@ -82,9 +82,12 @@ def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
     Ranks, micro-batch, attention kernel, strategy and how often things happen are not in it: they may change.
     """
     model = json.dumps(inputs.model_config, sort_keys=True)
+    template = inputs.train.manifest["template"]
     return {
         "data_key": inputs.train.manifest["content_key"],
         "tokenizer": inputs.tokenizer.digest,
+        "stop_id": inputs.train.manifest["tokenizer"]["stop_id"],
+        "chat_template": template if isinstance(template, str) else None,
         "model_config": hashlib.sha256(model.encode()).hexdigest(),
         "rows_per_step": config.batch.rows_per_step,
         "data_seed": config.data.seed,

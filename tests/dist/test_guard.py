@@ -41,7 +41,7 @@ def test_a_step_without_labels_changes_nothing(tmp_path, base_model, strategy):
     """One pack of prompts only: decay and momentum must not move the weights."""
     import numpy as np
 
-    from data_prep.encode import probe_ids
+    from data_prep.probe import probe_ids
     from data_prep.pack import pack
     from data_prep.shards import Documents, write_shards
     from sft.tokenizer import load_tokenizer
@@ -49,11 +49,15 @@ def test_a_step_without_labels_changes_nothing(tmp_path, base_model, strategy):
     tokenizer = load_tokenizer(base_model)
     lengths = np.array([20, 30], np.int32)
     documents = Documents(
-        ids=np.arange(50, dtype=np.int32) + 3, starts=np.array([0, 20]), lengths=lengths, num_prefix=lengths,
+        ids=np.arange(50, dtype=np.int32) + 3, starts=np.array([0, 20]), lengths=lengths,
+        runs=np.empty((0, 2), np.int32), first_run=np.zeros(2, np.int64), num_runs=np.zeros(2, np.int32),
         doc_ids=np.arange(2), source_ids=np.zeros(2, np.int16),
     )  # fmt: skip
-    facts = {"path": "x", "digest": tokenizer.digest, "vocab_size": 259, "bos_id": 1, "eos_id": 2, "probe": probe_ids(tokenizer)}
-    manifest = {"content_key": "k", "seq_len": 64, "sources": [{"name": "a"}], "tokenizer": facts}
+    facts = {
+        "path": "x", "digest": tokenizer.digest, "vocab_size": 259, "bos_id": 1, "eos_id": 2, "stop_id": 2,
+        "probe": probe_ids(tokenizer),
+    }  # fmt: skip
+    manifest = {"content_key": "k", "seq_len": 64, "template": [], "sources": [{"name": "a"}], "tokenizer": facts}
     write_shards(tmp_path / "train", documents, pack(lengths, 64), manifest)
     out = tmp_path / "run"
     train(out, base_model, tmp_path, strategy, 1, batch__rows_per_step=1, train__max_steps=1)
