@@ -70,7 +70,10 @@ def content_key(config: PrepConfig, encoder: Encoder, inputs: Sequence[InputFile
         "decontaminate": encoder.items_digest,
         "signatures": near.algorithm() if encoder.signer else "",
         "refusals": [pattern.pattern for pattern in encoder.text_reason.refusals],
-        "settings": config.model_dump(mode="json", exclude=NOT_CONTENT),
+        # the list of refusals counts by its expressions, wherever it is
+        "settings": config.model_dump(
+            mode="json", exclude={**dict.fromkeys(NOT_CONTENT, True), "filters": {"refusals"}}
+        ),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
