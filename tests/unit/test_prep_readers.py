@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import struct
 import subprocess
 import tracemalloc
 from pathlib import Path
@@ -88,14 +89,14 @@ def test_every_kind_gives_the_rows(tmp_path: Path, block_bytes: int, name: str) 
 
 
 def test_columns_give_the_rows_in_small_blocks(tmp_path: Path, block_bytes: int) -> None:
-    table = pa.Table.from_pylist(ROWS)
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    wide = [{**row, "text": "x" * 200} for row in ROWS]
+    pq.write_table(pa.Table.from_pylist(wide), tmp_path / "a.parquet", row_group_size=70, use_dictionary=False)
+    datasets.Dataset.from_list(wide).save_to_disk(str(tmp_path / "saved"), num_shards=3)
     saved = source_files(str(tmp_path / "saved"))
     assert [path.name for path in saved] == [f"data-0000{index}-of-00003.arrow" for index in range(3)]
     for files in ([tmp_path / "a.parquet"], saved):
         blocks = [block for path in files for block in read_blocks(0, path)]
-        assert [value for block in blocks for _, value in block_rows(block)] == ROWS
+        assert [value for block in blocks for _, value in block_rows(block)] == wide
         sent = [len(pickle.dumps(block)) for block in blocks]
         assert max(sent) < block_bytes + 4000, "a slice carries its whole batch along"
         disk_bytes = sum(path.stat().st_size for path in files)
@@ -112,6 +113,16 @@ def test_values_that_are_no_objects_pass(tmp_path: Path, block_bytes: int) -> No
     values = [1, -2.5e3, 12345678901234567890, None, True, "é🙂\u2028", [], {}, [[1], {"x": []}], "a" * 70] * 20
     for name, content in (("a.jsonl", lines(values)), ("a.json", json.dumps(values, ensure_ascii=False).encode())):
         assert rows_of(write(tmp_path / name, content)) == list(enumerate(values, start=1))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_block_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    texts = ["1234567", "-4.5e3", '"\\u00e9\\"x"', "true", '{"k" : [12, {"l": null}]}', '"é🙂"', "[]", "1234567"]
+    content = f"\n[ {' , '.join(texts)} ]\n" if name == "a.json" else "\r\n".join(texts)
+    path = write(tmp_path / name, content.encode())
+    for block_bytes in range(1, path.stat().st_size + 5):
+        monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
+        assert rows_of(path) == list(enumerate(map(json.loads, texts), start=1)), block_bytes
 
 
 TRICKY = [
@@ -278,6 +289,18 @@ def test_an_arrow_stream_that_ends_between_batches_is_refused(tmp_path: Path) ->
     assert len(rows_of(path)) == 100
     path.write_bytes(whole[:-8])
     assert "no end mark" in refusal(path)
+
+
+def test_an_arrow_stream_that_points_outside_of_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    table = pa.table({"a": ["one", "two"]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    assert rows_of(path) == [(1, {"a": "one"}), (2, {"a": "two"})]
+    ends = struct.pack("<3i", 0, 3, 6)
+    assert path.read_bytes().count(ends) == 1
+    path.write_bytes(path.read_bytes().replace(ends, struct.pack("<3i", 0, 3, 10**6)))
+    assert "not a whole Arrow file" in refusal(path)
 
 
 def test_columns_of_one_name_and_values_without_a_python_one_are_told(tmp_path: Path) -> None:
