@@ -1,4 +1,4 @@
-"""The exported folder is the trained model: equal logits, tied and untied, and it stops. Run: pytest tests/dist/test_export.py"""
+"""The exported folder is the trained model: equal logits, tied and untied, and it stops."""
 
 import json
 import shutil
@@ -26,7 +26,9 @@ def trained(request, tmp_path_factory, prepared, strategy):
     base = tiny.make_model(folder / "base", tie_word_embeddings=request.param)
     flags = {"model.path": base, "data.train": prepared / "train", "deepspeed": strategy, "out": folder / "run",
              "batch.rows_per_step": 4, "optim.lr": 0.01, "model.precision": "fp32", "track.wandb": "off"}  # fmt: skip
-    done = tiny.run_module(2, "tests.dist.export_worker", *[text for key, value in flags.items() for text in (f"--{key}", str(value))])
+    done = tiny.run_module(
+        2, "tests.dist.export_worker", *[text for key, value in flags.items() for text in (f"--{key}", str(value))]
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return base, folder / "run"
 
@@ -98,7 +100,18 @@ def test_generate_stops_at_eos(tmp_path, strategy):
     base = tiny.make_model(tmp_path / "base")
     rows = [{"instruction": "Name a colour.", "input": "", "output": "green"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    prep(["--sources", str(tmp_path / "rows.json"), "--tokenizer", str(base), "--seq_len", "256", "--out", str(tmp_path / "data")])
+    prep(
+        [
+            "--sources",
+            str(tmp_path / "rows.json"),
+            "--tokenizer",
+            str(base),
+            "--seq_len",
+            "256",
+            "--out",
+            str(tmp_path / "data"),
+        ]
+    )
     out = tmp_path / "run"
     train(out, base, tmp_path / "data", strategy, 1, batch__rows_per_step=1, train__max_steps=40)
     tokenizer, model = (kind.from_pretrained(out / "export") for kind in (AutoTokenizer, AutoModelForCausalLM))
@@ -110,4 +123,6 @@ def test_generate_stops_at_eos(tmp_path, strategy):
     assert tokenizer.decode(before) != "green</s>", "control"
     (out / "export").rename(tmp_path / "first")
     export_main([str(out)])
-    assert torch.equal(weights(out)["lm_head.weight"], load_file(tmp_path / "first" / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(
+        weights(out)["lm_head.weight"], load_file(tmp_path / "first" / "model.safetensors")["lm_head.weight"]
+    )

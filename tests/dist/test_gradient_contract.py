@@ -1,4 +1,4 @@
-"""One optimizer step is the same update for any ranks x accumulation x micro-batch. Run: pytest tests/dist/test_gradient_contract.py"""
+"""One optimizer step is the same update for any ranks x accumulation x micro-batch."""
 
 import numpy as np
 import pytest

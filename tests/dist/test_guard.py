@@ -16,7 +16,9 @@ pytestmark = pytest.mark.dist
 def test_three_bad_steps_end_the_run_with_the_rows_named(tmp_path, base_model, prepared, strategy):
     """A learning rate of 1e30 destroys the weights in step 1; steps 2 to 4 cannot be taken."""
     out = tmp_path / "run"
-    done = train(out, base_model, prepared, strategy, 2, expect=1, optim__lr=1e30, train__max_steps=8, checkpoint__every=1)
+    done = train(
+        out, base_model, prepared, strategy, 2, expect=1, optim__lr=1e30, train__max_steps=8, checkpoint__every=1
+    )
     assert "not finite 3 steps in a row" in done.stderr
     skips = [event for event in tiny.read_jsonl(out / "events.jsonl") if event["event"] == "skip"]
     assert [skip["step"] for skip in skips] == [2, 3, 4]
@@ -41,8 +43,8 @@ def test_a_step_without_labels_changes_nothing(tmp_path, base_model, strategy):
     """One pack of prompts only: decay and momentum must not move the weights."""
     import numpy as np
 
-    from data_prep.probe import probe_ids
     from data_prep.pack import pack
+    from data_prep.probe import probe_ids
     from data_prep.shards import Documents, write_shards
     from sft.tokenizer import load_tokenizer
 

@@ -70,7 +70,11 @@ def test_events_tell_what_happened(parts):
 
 def test_retention_keeps_the_newest_two_and_the_best(whole):
     kept = {path.name for path in (whole / "checkpoints").iterdir()}
-    losses = {event["step"]: event["heldout_loss"] for event in tiny.read_jsonl(whole / "events.jsonl") if event["event"] == "evaluate"}
+    losses = {
+        event["step"]: event["heldout_loss"]
+        for event in tiny.read_jsonl(whole / "events.jsonl")
+        if event["event"] == "evaluate"
+    }
     best = min(losses, key=losses.get)
     assert kept == {f"step-{step:08d}" for step in {4, 6, best}}
 

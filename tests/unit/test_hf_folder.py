@@ -13,14 +13,14 @@ from sft.inputs import _same_ids
 from sft.tokenizer import load_tokenizer
 
 
-def generation(tmp_path, base_model, settings):
+def generation(tmp_path, base_model, settings, stop_id=2):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(base_model, base)
     out.mkdir()
     (base / "generation_config.json").unlink(missing_ok=True)
     if settings is not None:
         (base / "generation_config.json").write_text(json.dumps(settings))
-    _write_generation_config(base, out)
+    _write_generation_config(base, out, stop_id)
     GenerationConfig.from_pretrained(out).validate(strict=True)
     return json.loads((out / "generation_config.json").read_text())
 
@@ -71,3 +71,7 @@ def test_a_tokenizer_with_other_bytes_but_equal_ids_is_the_same(base_model):
     assert _same_ids(made_with, tokenizer)
     assert not _same_ids({**made_with, "probe": [{"text": "ab", "ids": [101, 100]}]}, tokenizer)
     assert not _same_ids({**made_with, "bos_id": None}, tokenizer)
+
+
+def test_a_chat_templates_stop_token_comes_before_eos(tmp_path, base_model):
+    assert generation(tmp_path, base_model, None, stop_id=7)["eos_token_id"] == [7, 2]
