@@ -80,12 +80,19 @@ def encode_at_once(
     is_special = special[ids]
     stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
     before = np.cumsum(np.append(0, is_special))
-    good &= ~stop | (before[offsets[1:]] == before[offsets[:-1]])
+    num_special = np.diff(before[offsets])
+    good &= ~stop | (num_special == 0)
+    if tokenizer.sentencepiece is not None and not stop.all():
+        # gigatoken reads some names of special tokens as those tokens, the reference all of them.
+        names = [tokenizer.token(token) for token in tokenizer.special_ids]
+        good &= stop | (num_special == [sum(map(text.count, names)) for text in flat.texts])
     run_starts, run_ends, run_good = _runs(flat, fast, ids, offsets, ends)
     inside = before[offsets[flat.span_text] + run_ends] - before[offsets[flat.span_text] + run_starts]
     last = special[ids[np.maximum(offsets[flat.span_text] + run_ends - 1, 0)]] if len(ids) else inside > 0
     spans_stop = stop[flat.span_text]
-    run_good &= spans_stop | ((inside == 1) & last & (run_ends - run_starts > 1))
+    to_the_end = flat.span_end == flat.num_bytes[flat.span_text]
+    # Before a special token the ids are those of the text up to there alone; elsewhere the reference must look.
+    run_good &= np.where(spans_stop, to_the_end, (inside == 1) & last & (run_ends - run_starts > 1))
     np.logical_and.at(good, flat.span_text, run_good)
     proved = np.ones(len(examples), dtype=np.bool_)
     np.logical_and.at(proved, flat.doc_of, good)
