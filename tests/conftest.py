@@ -1,6 +1,7 @@
 """One tiny model and one prepared data set per session; no test may reach the network (tests/offline)."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,21 @@ from tests.offline import sitecustomize  # noqa: F401 (blocks sockets in this pr
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache folder of this process and of all that it starts, so that no test reads or writes the user's.
+
+    But for what DeepSpeed compiles, which takes a minute: torch would look for that in the cache folder, too.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    device = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
+    build = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{device}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(user / "torch_extensions" / build))
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from data_prep import build
+from data_prep.example import Example, Turn
 from data_prep.shards import Shards, open_shards
+from data_prep.template import render_alpaca
 from sft.errors import run_command
-from tests.tiny import FIRST_BYTE
+from tests.tiny import FIRST_BYTE, SHARED
+
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the shared data and tokenizers are not beside this checkout"
+)
+
+WORDS = ["below", "is", "an", "instruction", "that", "describes", "a", "task", "write", "response", "the", "request"]
 
 
 def sentencepiece_tokenizer(folder: Path) -> Path:
@@ -20,21 +28,7 @@ def sentencepiece_tokenizer(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.txt"
-    words = [
-        "below",
-        "is",
-        "an",
-        "instruction",
-        "that",
-        "describes",
-        "a",
-        "task",
-        "write",
-        "response",
-        "the",
-        "request",
-    ]
-    corpus.write_text("\n".join(f"{a} {b} {b}{a}" for a in words for b in words))
+    corpus.write_text("\n".join(f"{a} {b} {b}{a}" for a in WORDS for b in WORDS))
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus),
         model_prefix=str(folder / "tokenizer"),
@@ -54,6 +48,40 @@ def sentencepiece_tokenizer(folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def byte_bpe_tokenizer(folder: Path) -> Path:
+    """A byte-level BPE with GPT-2's pre-tokenizer and no BOS, trained here; <|end|> is its only special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([f"{a} {b}\n\n  {b}{a}, don't 123" for a in WORDS for b in WORDS], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def answer(prompt: str, response: str) -> Example:
+    """A prompt and its supervised response, with a stop token behind it."""
+    return Example((prompt + response,), (((len(prompt), len(prompt + response)),),), True)
+
+
+def shared_examples() -> list[Example]:
+    """Every row of the shared Alpaca files that has an output, rendered."""
+    examples = []
+    for path in sorted((SHARED / "data").glob("*.json")):
+        for row in json.loads(path.read_bytes()):
+            if row["output"].strip():
+                asked = Turn("user", row["instruction"], row["input"])
+                examples.append(render_alpaca([asked, Turn("assistant", row["output"], supervised=True)]))
+    return examples
 
 
 def byte_ids(text: str) -> list[int]:
