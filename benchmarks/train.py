@@ -27,7 +27,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from data_prep.pack import pack  # noqa: E402
-from data_prep.shards import Documents, open_shards, write_shards  # noqa: E402
+from data_prep.shard_writer import Documents, write_shards  # noqa: E402
+from data_prep.shards import open_shards  # noqa: E402
 from sft.ports import free_port  # noqa: E402
 from sft.pretrained import quiet_libraries  # noqa: E402
 from sft.tokenizer import load_tokenizer  # noqa: E402

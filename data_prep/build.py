@@ -48,7 +48,7 @@ from data_prep.report import (
     summary_lines,
     summary_tables,
 )
-from data_prep.shards import Documents, write_json, write_shards
+from data_prep.shard_writer import Documents, write_json, write_shards
 from data_prep.spill import Spill, remove_leftover, without_ids, work_folder
 from sft.config import PrepConfig
 from sft.errors import UserError

@@ -16,7 +16,7 @@ class ElementBlock(NamedTuple):
     """Position of its first element, from 1."""
     text: bytes
     """What stands between the brackets of an array that holds just these."""
-    count: int
+    num_rows: int
     """How many they are."""
 
 
@@ -94,7 +94,7 @@ def element_blocks(
         window.fill(block_bytes)
         block = _quick_cut(window, row, block_bytes) or _careful_cut(window, row, block_bytes, max_row_bytes)
         yield block
-        row += block.count
+        row += block.num_rows
         window.drop(len(block.text))
         window.skip_spaces(block_bytes)
     if not window.take(b"]"):

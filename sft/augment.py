@@ -16,6 +16,7 @@ import torch
 import sft
 from data_prep.readers import BadRow, block_rows, file_digest, read_blocks, source_files
 from sft.augment_models import folder_digest, load_seq2seq, rewrite_rows
+from sft.augment_options import AugmentConfig
 from sft.augment_output import Identity, Progress, finished, open_partial, publish, save_progress
 from sft.augment_rows import (
     MEANING,
@@ -29,7 +30,6 @@ from sft.augment_rows import (
     to_line,
     written_variants,
 )
-from sft.config import AugmentConfig
 from sft.errors import UserError, run_command, shorten
 from sft.progress import track
 from sft.settings import load

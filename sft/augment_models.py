@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sft.augment_options import AugmentConfig
 from sft.augment_rows import (
     EMPTY,
     INVALID_UNICODE,
@@ -21,7 +22,6 @@ from sft.augment_rows import (
     Row,
     Variant,
 )
-from sft.config import AugmentConfig
 from sft.errors import UserError
 from sft.pretrained import choose_dtype, quiet_libraries
 from sft.tokenizer import folder_errors

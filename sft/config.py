@@ -1,4 +1,4 @@
-"""Every option of every command: once, typed, with its unit and its default's reason.
+"""Every option of every command but `sft augment`: once, typed, with its unit and its default's reason.
 
 `sft.settings` turns a YAML file and `--section.key value` flags into these frozen objects.
 Rules that need more than one field are validators here, so that every problem shows in one message.
@@ -15,12 +15,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-def _split_commas(value: Any) -> Any:
+def split_commas(value: Any) -> Any:
+    """A list of the parts of a text between commas; anything else as it is."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _as_sources(value: Any) -> Any:
-    entries = _split_commas(value)
+    entries = split_commas(value)
     if not isinstance(entries, list):
         return entries
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
@@ -113,7 +114,7 @@ class PrepConfig(Section):
     """exact: of rows with equal text (Unicode form and white space aside) the first is kept; near: also of similar
     rows."""
     near: NearSection = NearSection()
-    decontaminate: Annotated[list[str], BeforeValidator(_split_commas)] = []
+    decontaminate: Annotated[list[str], BeforeValidator(split_commas)] = []
     """Files or folders of evaluation items (MMLU, HellaSwag); rows that overlap with one are dropped and listed."""
     decontaminate_ngram: Annotated[int, Field(ge=5)] = 13
     """Consecutive words that a row must share with an item to count as overlap (13: Brown et al. 2020)."""
@@ -152,69 +153,6 @@ class VerifyConfig(Section):
     """Folder written by `sft prep`, or the folder of one split below it."""
     tokenizer: str | None = None
     """Tokenizer folder; default: the one the manifest names, where it is there."""
-
-
-# Augmentation
-
-
-class AugmentConfig(Section):
-    input: str
-    """One file of rows: .json, .jsonl (also .gz or .zst) or .parquet."""
-    method: Literal["paraphrase", "back_translation", "hook"] = "paraphrase"
-    """paraphrase: one seq2seq model rewrites the text; back_translation: one translates it away, another back; hook:
-    a function of your own."""
-    models: Annotated[list[str], BeforeValidator(_split_commas)] = []
-    """Folders of encoder-decoder models (T5, Marian, BART, …): one for paraphrase; for back_translation two, out and
-    back. Safetensors weights only."""
-    hook: str | None = None
-    """Method hook: module:function, imported from the current folder; it takes a list of rows and returns for each a
-    list of its variants."""
-    fields: Annotated[list[str], BeforeValidator(_split_commas), Field(min_length=1)] = ["instruction"]
-    """Fields that the models rewrite; the others are copied. A blank field stays blank."""
-    prefix: str | None = None
-    """Put before each text of the first model; default: "paraphrase: " for method paraphrase, else nothing. Marian
-    models of several target languages want the language here: ">>fr<< "."""
-    variants: PositiveInt = 1
-    """Variants of each row."""
-    temperature: Annotated[float, Field(ge=0)] = 0.8
-    """Of sampling; lower stays closer to the original; 0 = no sampling: the likeliest text, or with beams the likeliest
-    ones. Sampled back-translations teach more than the likeliest (Edunov et al. 2018)."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """Sample from the likeliest tokens that together have this probability."""
-    beams: PositiveInt = 1
-    """Width of beam search; 1 = none. Variants without sampling need as many beams."""
-    max_new_tokens: PositiveInt = 256
-    """Longest rewriting, in the model's tokens; a text that has not ended by then is dropped."""
-    batch_size: PositiveInt = 32
-    """Rows in one call of the model, or of the hook."""
-    seed: int = 0
-    """Seed of the sampling; also of the generators a hook finds in random, numpy and torch."""
-    out: str
-    """.jsonl file to create; <out>.job beside it records how it was made."""
-
-    @model_validator(mode="after")
-    def _fits_the_method(self) -> "AugmentConfig":
-        wanted = {"paraphrase": 1, "back_translation": 2, "hook": 0}[self.method]
-        if len(self.models) != wanted:
-            raise ValueError(f"models: method {self.method} takes {wanted} model folders, got {len(self.models)}")
-        if (self.method == "hook") != (self.hook is not None):
-            raise ValueError("hook: method hook and --hook module:function go together; give both, or neither")
-        of_models = ("fields", "prefix", "variants", "temperature", "top_p", "beams", "max_new_tokens")
-        changed = [name for name in of_models if getattr(self, name) != type(self).model_fields[name].default]
-        if self.method == "hook" and changed:
-            raise ValueError(f"{changed[0]}: method hook does not use it, the function decides; leave it out")
-        if self.variants > self.beams and (self.beams > 1 or self.temperature == 0):
-            raise ValueError(
-                f"variants: got {self.variants}, needs as many beams; or sample: beams 1, temperature above 0"
-            )
-        return self
-
-    @field_validator("out")
-    @classmethod
-    def _json_lines(cls, value: str) -> str:
-        if not value.endswith(".jsonl"):
-            raise ValueError("must be the name of a .jsonl file")
-        return value
 
 
 # Training
@@ -270,7 +208,7 @@ class OptimSection(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled decay per unit of learning rate, for matrices only."""
-    no_decay: Annotated[list[str], BeforeValidator(_split_commas)] = ["embed", "norm", "bias"]
+    no_decay: Annotated[list[str], BeforeValidator(split_commas)] = ["embed", "norm", "bias"]
     """Parameters whose name holds one of these strings are not decayed; one-dimensional ones never are."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
@@ -369,7 +307,7 @@ class ShotsSection(Section):
 class ScoreOptions(Section):
     """What two models must share to be compared."""
 
-    tasks: Annotated[list[Literal["mmlu", "hellaswag"]], BeforeValidator(_split_commas), Field(min_length=1)] = [
+    tasks: Annotated[list[Literal["mmlu", "hellaswag"]], BeforeValidator(split_commas), Field(min_length=1)] = [
         "mmlu",
         "hellaswag",
     ]

@@ -45,7 +45,7 @@ def test_a_step_without_labels_changes_nothing(tmp_path, base_model, strategy):
 
     from data_prep.pack import pack
     from data_prep.probe import probe_ids
-    from data_prep.shards import Documents, write_shards
+    from data_prep.shard_writer import Documents, write_shards
     from sft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_model)

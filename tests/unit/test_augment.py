@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sft import augment, augment_output
 from sft.augment_models import generate, load_seq2seq
+from sft.augment_options import AugmentConfig
 from sft.augment_rows import (
     BLANK,
     DUPLICATE,
@@ -29,7 +30,6 @@ from sft.augment_rows import (
     to_line,
     written_variants,
 )
-from sft.config import AugmentConfig
 from sft.errors import UserError, run_command
 from tests import tiny
 from tests.prep_support import flags, refused, write_jsonl

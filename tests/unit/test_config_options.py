@@ -9,11 +9,12 @@ import pytest
 from pydantic import BaseModel
 
 from sft import config
+from sft.augment_options import AugmentConfig
 from sft.settings import walk_options
 
 COMMANDS = {
     "sft prep": config.PrepConfig,
-    "sft augment": config.AugmentConfig,
+    "sft augment": AugmentConfig,
     "sft prep verify": config.VerifyConfig,
     "sft train": config.RunConfig,
     "sft export": config.ExportConfig,
@@ -29,12 +30,23 @@ OPTIONS = {
         "template",
         "seq_len",
         "overlong",
+        "on_error",
+        "filters.garbled",
+        "filters.refusals",
+        "filters.max_repetition",
+        "filters.min_response_tokens",
+        "filters.max_response_tokens",
         "heldout",
         "dedup",
+        "near.threshold",
+        "near.ngram",
+        "near.seed",
         "decontaminate",
+        "decontaminate_ngram",
         "seed",
         "workers",
         "engine",
+        "dry_run",
         "out*",
     ],
     "sft augment": [
@@ -166,7 +178,17 @@ def test_options_are_frozen(command):
 
 
 def test_source_keys_are_frozen():
-    assert options_of(config.Source) == ["path*", "name", "format", "weight"]
+    assert options_of(config.Source) == [
+        "path*",
+        "name",
+        "format",
+        "columns",
+        "train_on",
+        "weight",
+        "role",
+        "ratio",
+        "balance_by",
+    ]
 
 
 def test_every_command_has_a_list():

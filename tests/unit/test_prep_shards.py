@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_prep.pack import pack
-from data_prep.shards import Documents, Shards, open_shards, verify_digests, write_shards
+from data_prep.shard_writer import Documents, write_shards
+from data_prep.shards import Shards, open_shards, verify_digests
 from sft.errors import UserError
 
 SEQ_LEN = 40
