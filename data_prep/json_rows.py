@@ -39,7 +39,7 @@ class ArrayError(Exception):
 
 def decode_lines(text: bytes) -> Iterator[Any | BadRow]:
     """The value of each line of JSON lines, in order."""
-    exact = _SPACED_COLON.search(text) is not None
+    somewhere_spaced = _SPACED_COLON.search(text) is not None
     lines = text.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -50,10 +50,12 @@ def decode_lines(text: bytes) -> Iterator[Any | BadRow]:
             yield _decode_exactly(line)
             continue
         # A dict of n keys came from at least n `":`; from exactly n where no key repeats and none is nested.
-        if not exact and type(value) is dict and line.count(b'":') == len(value):
-            yield value
-        else:
+        if type(value) is not dict or line.count(b'":') != len(value):
             yield _checked(line, value)
+        elif somewhere_spaced and _SPACED_COLON.search(line):
+            yield _checked(line, value)
+        else:
+            yield value
 
 
 def decode_elements(text: bytes) -> Iterator[Any | BadRow]:
