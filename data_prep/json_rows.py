@@ -50,9 +50,12 @@ def decode_lines(text: bytes) -> Iterator[Any | BadRow]:
             yield _decode_exactly(line)
             continue
         # A dict of n keys came from at least n `":`; from exactly n where no key repeats and none is nested.
-        if type(value) is not dict or line.count(b'":') != len(value):
-            yield _checked(line, value)
-        elif somewhere_spaced and _SPACED_COLON.search(line):
+        if (
+            type(value) is not dict
+            or line.count(b'":') != len(value)
+            or somewhere_spaced
+            and _SPACED_COLON.search(line)
+        ):
             yield _checked(line, value)
         else:
             yield value
