@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from data_prep.template import render_alpaca, render_text
 from sft.config import PrepConfig
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer
+
+SEPARATOR = "\x1e"
+"""Between the texts of a row: no white space to `text_key`, so that rows cut at other places differ."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,10 @@ class Encoder:
         return _encode_block(self, raw)
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
+class _Row(NamedTuple):
     """A row that has become text."""
 
     row: int
-    where: str
     content: str
     """The turns' own text, without the template."""
     similar: str
@@ -156,9 +157,10 @@ def parse_examples(
             dropped.append((row, filters.CONTAMINATED))
             overlaps.append(Overlap(row, hit.item_name, hit.overlap_text))
             continue
-        asked = turns if encoder.signer and not isinstance(turns, str) else ()
-        similar = _content([turn for turn in asked if turn.role != "system"]) or content
-        kept.append(_Row(row, f"source {raw.file}: row {number}", content, similar, example, group))
+        similar = content
+        if encoder.signer and not isinstance(turns, str):
+            similar = _content([turn for turn in turns if turn.role != "system"])
+        kept.append(_Row(row, content, similar, example, group))
     return kept, dropped, overlaps
 
 
@@ -166,7 +168,7 @@ def _encode_block(encoder: Encoder, raw: RawBlock) -> Block:
     rows, dropped, overlaps = parse_examples(encoder, raw)
     num_rows = len(rows) + len(dropped)
     encoded, reasons = encode_examples(encoder.tokenizer, encoder.fast, [row.example for row in rows])
-    encoded, truncated = _judge_lengths(encoder, rows, encoded, reasons)
+    encoded, truncated = _judge_lengths(encoder, raw, rows, encoded, reasons)
     if reasons:
         dropped += [(rows[position].row, reason) for position, reason in reasons.items()]
         keep = np.ones(len(rows), dtype=np.bool_)
@@ -189,7 +191,7 @@ def _encode_block(encoder: Encoder, raw: RawBlock) -> Block:
 
 
 def _judge_lengths(
-    encoder: Encoder, rows: Sequence[_Row], encoded: Encoded, reasons: dict[int, str]
+    encoder: Encoder, raw: RawBlock, rows: Sequence[_Row], encoded: Encoded, reasons: dict[int, str]
 ) -> tuple[Encoded, NDArray[np.bool_]]:
     """Apply the bounds of `filters` and `overlong`; adds to `reasons`, and returns documents and which were cut."""
     config = encoder.config
@@ -207,8 +209,9 @@ def _judge_lengths(
         if position in reasons:
             continue
         if config.overlong == "error":
+            row = raw.first_row + rows[position].row
             raise UserError(
-                f"{rows[position].where}: {int(encoded.lengths[position])} tokens, seq_len is {config.seq_len}; "
+                f"source {raw.file}: row {row}: {int(encoded.lengths[position])} tokens, seq_len is {config.seq_len}; "
                 "raise seq_len, or set overlong to drop or truncate"
             )
         if config.overlong == "drop":
@@ -224,7 +227,7 @@ def _judge_lengths(
 
 
 def _content(turns: Sequence[Turn]) -> str:
-    return "\n".join([f"{turn.text}\n{turn.input}" if turn.input else turn.text for turn in turns])
+    return SEPARATOR.join([f"{turn.text}{SEPARATOR}{turn.input}" if turn.input else turn.text for turn in turns])
 
 
 def _group(row: Any, field: str) -> str:

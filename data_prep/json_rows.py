@@ -50,15 +50,10 @@ def decode_lines(text: bytes) -> Iterator[Any | BadRow]:
             yield _decode_exactly(line)
             continue
         # A dict of n keys came from at least n `":`; from exactly n where no key repeats and none is nested.
-        if (
-            type(value) is not dict
-            or line.count(b'":') != len(value)
-            or somewhere_spaced
-            and _SPACED_COLON.search(line)
-        ):
-            yield _checked(line, value)
+        if type(value) is dict and line.count(b'":') == len(value):
+            yield _checked(line, value) if somewhere_spaced and _SPACED_COLON.search(line) else value
         else:
-            yield value
+            yield _checked(line, value)
 
 
 def decode_elements(text: bytes) -> Iterator[Any | BadRow]:
