@@ -1,21 +1,54 @@
-"""Weights, duplicates and the held-out split: seeded, order-free, and equal rows never part."""
+"""Weights, balance, replay and the held-out split: seeded, order-free, and equal rows never part."""
+
+import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_prep.dedup import first_occurrences
-from data_prep.formats import Example
-from data_prep.mixture import choose_heldout, copies, keys_to_array, seeded_hash, text_key
+from data_prep.mixture import (
+    balanced,
+    choose_heldout,
+    copies,
+    keys_to_array,
+    replay_copies,
+    seeded_hash,
+    text_key,
+)
 
 
-def keys(count: int) -> np.ndarray:
-    return keys_to_array([text_key(Example("p", str(number))) for number in range(count)])
+def keys(count: int, first: int = 0) -> np.ndarray:
+    return keys_to_array([text_key(f"row {number}") for number in range(first, first + count)])
 
 
-def test_keys_tell_prompt_from_response() -> None:
-    pairs = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc")]
-    assert len({text_key(Example(*pair)) for pair in pairs}) == len(pairs)
-    assert text_key(Example("ab", "c")) == text_key(Example("ab", "c"))
+@pytest.mark.parametrize(
+    "other",
+    ["Caf\u00e9 au lait", "Cafe\u0301 au lait", " Café  au\tlait\n", "Caféaulait", "Café\r\nau\r\nlait"],
+)
+def test_unicode_form_and_ascii_white_space_do_not_part_texts(other: str) -> None:
+    assert text_key(other) == text_key("Café au lait")
+
+
+@pytest.mark.parametrize(
+    "other", ["Cafe au lait", "café au lait", "Café au\u3000lait", "Café au lait.", "Café au\u200blait", "au lait Café", ""]
+)
+def test_control_another_text_has_another_key(other: str) -> None:
+    assert text_key(other) != text_key("Café au lait")
+    assert len(text_key(other)) == 16
+
+
+@settings(deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_any_unicode_form_has_one_key(text: str) -> None:
+    assert (
+        text_key(unicodedata.normalize("NFD", text)) == text_key(unicodedata.normalize("NFC", text)) == text_key(text)
+    )
+
+
+def test_no_keys_are_an_empty_array() -> None:
+    assert keys_to_array([]).shape == (0, 2)
+    assert keys_to_array([text_key("a"), text_key("b")]).shape == (2, 2)
 
 
 @pytest.mark.parametrize("purpose", ["weight", "heldout"])
@@ -25,6 +58,7 @@ def test_hashes_are_uniform_and_depend_on_seed_and_purpose(purpose: str) -> None
     assert abs(counts - 1000).max() < 5 * np.sqrt(1000)
     others = [seeded_hash(keys(20_000), 4, purpose), seeded_hash(keys(20_000), 3, "other")]
     assert all(abs(np.corrcoef(hashes.astype(float), other.astype(float))[0, 1]) < 0.03 for other in others)
+    assert seeded_hash(keys(9), 3, purpose).tolist() == hashes[:9].tolist()
 
 
 def test_whole_weights_repeat_and_fractions_sample() -> None:
@@ -43,6 +77,10 @@ def test_a_larger_sample_holds_the_smaller_and_order_does_not_matter() -> None:
     shuffled = np.random.default_rng(0).permutation(1000)
     assert (copies(rows[shuffled], 0.5, 0) == copies(rows, 0.5, 0)[shuffled]).all()
     assert (choose_heldout(rows[shuffled], 37, 0) == choose_heldout(rows, 37, 0)[shuffled]).all()
+    values, lengths = np.array(["a", "b", "b", "c"] * 250), np.arange(1, 1001, dtype=np.int32)
+    assert (balanced(values[shuffled], rows[shuffled], 0) == balanced(values, rows, 0)[shuffled]).all()
+    found = replay_copies(rows[shuffled], lengths[shuffled], 9000, 0)
+    assert (found == replay_copies(rows, lengths, 9000, 0)[shuffled]).all()
 
 
 @pytest.mark.parametrize("wanted", [1, 37, 999])
@@ -62,7 +100,53 @@ def test_equal_rows_are_on_one_side(heldout: float) -> None:
     assert heldout < 1 or chosen.sum() <= heldout
 
 
-def test_the_first_of_equal_rows_is_kept() -> None:
-    rows = keys(3)[[2, 0, 2, 1, 0, 0]]
-    assert first_occurrences(rows).tolist() == [True, True, False, True, False, False]
-    assert first_occurrences(keys(1)).tolist() == [True]
+def test_a_fraction_held_out_is_stable_when_rows_are_added() -> None:
+    before = choose_heldout(keys(1000), 0.1, 0)
+    assert abs(int(before.sum()) - 100) < 5 * np.sqrt(90)
+    after = choose_heldout(np.concatenate([keys(500, first=5000), keys(1000)]), 0.1, 0)
+    assert (after[500:] == before).all()
+    assert (choose_heldout(keys(1000), 0.1, 1) != before).any(), "control: the seed does move rows"
+
+
+@settings(deadline=None)
+@given(values=st.lists(st.sampled_from("abcd"), max_size=60))
+def test_balance_makes_every_value_as_frequent_as_the_rarest(values: list[str]) -> None:
+    array = np.array(values, dtype=np.str_)
+    stays = balanced(array, keys(len(values)), 0)
+    rarest = min((values.count(value) for value in set(values)), default=0)
+    assert all(int(stays[array == value].sum()) == rarest for value in set(values))
+
+
+def test_balance_keeps_rows_by_their_hash() -> None:
+    values, rows = np.array(["a"] * 900 + ["b"] * 100), keys(1000)
+    stays = balanced(values, rows, 0)
+    hashes = seeded_hash(rows, 0, "balance")[:900]
+    assert hashes[stays[:900]].max() < hashes[~stays[:900]].min()
+    assert stays[100:900].any(), "not the first of them"
+    assert (balanced(values, rows, 1) != stays).any()
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=50),
+    wanted=st.integers(1, 40_000),
+    seed=st.integers(0, 3),
+)
+def test_replay_is_within_half_a_document_of_what_is_wanted(lengths: list[int], wanted: int, seed: int) -> None:
+    array = np.array(lengths, dtype=np.int32)
+    times = replay_copies(keys(len(lengths)), array, wanted, seed)
+    assert times.max() - times.min() <= 1, "no row is repeated before all are used"
+    assert times.max() >= 1
+    off = abs(int((array * times).sum()) - wanted)
+    assert off <= (max(lengths) + 1) // 2 or times.sum() == 1
+
+
+def test_replay_samples_by_hash_and_repeats_when_it_must() -> None:
+    rows, lengths = keys(1000), np.full(1000, 10, dtype=np.int32)
+    some, more = replay_copies(rows, lengths, 2000, 0), replay_copies(rows, lengths, 4000, 0)
+    assert (some.sum(), more.sum()) == (200, 400)
+    assert (more >= some).all()
+    assert set(replay_copies(rows, lengths, 25_000, 0).tolist()) == {2, 3}
+    assert set(replay_copies(rows, lengths, 20_000, 0).tolist()) == {2}
+    assert replay_copies(rows, lengths, 0, 0).sum() == 1, "at least one row"
+    assert (replay_copies(rows, lengths, 2000, 1) != some).any()
