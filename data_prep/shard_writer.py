@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from data_prep.pack import Packs
 from data_prep.shards import COLUMNS, IGNORE, MANIFEST, SCHEMA_VERSION, arrow_schema, features, file_sha256
 
-TOKENS_PER_SHARD = 1 << 24
-"""128 MiB of ids and labels: small enough to copy one at a time, large enough that few files are open."""
+TOKENS_PER_SHARD = 1 << 23
+"""64 MiB of ids and labels: small enough to copy one at a time, large enough that few files are open."""
 
 
 @dataclass(frozen=True, eq=False)
