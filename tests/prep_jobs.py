@@ -95,7 +95,9 @@ class Started:
 
     def end(self, timeout_s: float = 60) -> Ended:
         self.process.join(timeout_s)
-        assert self.process.exitcode is not None, f"still running after {timeout_s} s"
+        if self.process.exitcode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout_s} s")
         return Ended(self.process.exitcode, *(self.told.with_suffix(end).read_text() for end in (".out", ".err")))
 
 
