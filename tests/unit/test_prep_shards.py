@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +14,52 @@ from data_prep.pack import pack
 from data_prep.shard_writer import Documents, write_shards
 from data_prep.shards import Shards, open_shards, verify_digests
 from sft.errors import UserError
+from tests.prep_support import file_bytes
 
 SEQ_LEN = 40
 KEY = "0123456789abcdef" * 4
-NEEDED = ("content_key", "seq_len", "totals", "shards", "sources", "tokenizer")
+NEEDED = ("content_key", "seq_len", "template", "totals", "shards", "sources", "tokenizer")
 
 
-def make_documents(count: int = 60, seed: int = 0) -> Documents:
+def make_documents(count: int = 60, seed: int = 0, mean_length: int = SEQ_LEN // 2) -> Documents:
+    """With no to three supervised runs each, some of them from the first token on."""
     random = np.random.default_rng(seed)
-    lengths = random.integers(2, SEQ_LEN + 1, size=count).astype(np.int32)
+    lengths = random.integers(2, 2 * mean_length + 1, size=count).astype(np.int32)
+    runs = []
+    for length in lengths.tolist():
+        borders = np.sort(
+            random.choice(length + 1, size=min(2 * random.integers(0, 4), length // 2 * 2), replace=False)
+        )
+        runs.append(borders.reshape(-1, 2))
+    num_runs = np.array([len(of_document) for of_document in runs], dtype=np.int32)
     return Documents(
         ids=random.integers(3, 30_000, size=int(lengths.sum())).astype(np.int32),
         starts=np.cumsum(lengths, dtype=np.int64) - lengths,
         lengths=lengths,
-        num_prefix=random.integers(0, lengths).astype(np.int32),
+        runs=np.concatenate(runs).astype(np.int32),
+        first_run=np.cumsum(num_runs, dtype=np.int64) - num_runs,
+        num_runs=num_runs,
         doc_ids=np.arange(count, dtype=np.int64) + 2**40,
         source_ids=random.integers(0, 3, size=count).astype(np.int16),
     )
 
 
+def write(folder: Path, documents: Documents, seq_len: int = SEQ_LEN, **options: int) -> Path:
+    made_with = {"path": "x", "digest": "x", "vocab_size": 3, "bos_id": None, "eos_id": 2, "probe": []}
+    manifest = {
+        "content_key": KEY,
+        "seq_len": seq_len,
+        "template": "x",
+        "sources": [{"name": "a"}],
+        "tokenizer": made_with,
+    }
+    write_shards(folder, documents, pack(documents.lengths, seq_len), manifest, **options)
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    documents = make_documents()
-    made_with = {"path": "x", "digest": "x", "vocab_size": 3, "bos_id": None, "eos_id": 2, "probe": []}
-    manifest = {"content_key": KEY, "seq_len": SEQ_LEN, "sources": [{"name": "a"}], "tokenizer": made_with}
-    write_shards(tmp_path / "train", documents, pack(documents.lengths, SEQ_LEN), manifest, tokens_per_shard=300)
-    return tmp_path / "train"
+    return write(tmp_path / "train", make_documents(), tokens_per_shard=300)
 
 
 def recount(input_ids: np.ndarray, labels: np.ndarray, seq_lens: np.ndarray) -> int:
@@ -49,6 +70,17 @@ def recount(input_ids: np.ndarray, labels: np.ndarray, seq_lens: np.ndarray) -> 
         start += length
     assert start == len(input_ids) == len(labels)
     return total
+
+
+def expected_labels(documents: Documents, number: int) -> list[int]:
+    """By hand, one run at a time."""
+    start = int(documents.starts[number])
+    labels = [-100] * int(documents.lengths[number])
+    for run in range(int(documents.num_runs[number])):
+        first, end = documents.runs[int(documents.first_run[number]) + run].tolist()
+        for position in range(first, end):
+            labels[position] = int(documents.ids[start + position])
+    return labels
 
 
 def test_every_document_comes_back(folder: Path) -> None:
@@ -65,13 +97,11 @@ def test_every_document_comes_back(folder: Path) -> None:
         for start, length, doc_id, source_id in zip(starts, row.seq_lens, row.doc_ids, row.source_ids, strict=True):
             number = int(doc_id) - 2**40
             seen.append(number)
-            first, prefix = documents.starts[number], documents.num_prefix[number]
-            ids = documents.ids[first : first + documents.lengths[number]]
+            ids = documents.ids[documents.starts[number] :][: documents.lengths[number]].tolist()
             assert length == len(ids)
             assert source_id == documents.source_ids[number]
-            assert (row.input_ids[start : start + length] == ids).all()
-            assert (row.labels[start : start + length][:prefix] == -100).all()
-            assert (row.labels[start : start + length][prefix:] == ids[prefix:]).all()
+            assert row.input_ids[start : start + length].tolist() == ids
+            assert row.labels[start : start + length].tolist() == expected_labels(documents, number)
     assert sorted(seen) == list(range(60))
     totals = shards.manifest["totals"]
     assert totals["documents"] == 60
@@ -79,6 +109,48 @@ def test_every_document_comes_back(folder: Path) -> None:
     assert totals["tokens"] == len(documents.ids) == int(shards.num_tokens.sum())
     assert totals["labels"] == int(shards.num_labels.sum())
     assert shards.manifest["fill"] == pytest.approx(totals["tokens"] / (len(shards) * SEQ_LEN))
+
+
+def test_control_labels_by_hand_tell_runs_apart() -> None:
+    documents = make_documents()
+    assert set(documents.num_runs.tolist()) == {0, 1, 2, 3}
+    assert (documents.runs[:, 0] == 0).any()
+    shorter = replace(documents, runs=documents.runs + np.array([1, 0], dtype=np.int32))
+    number = int(documents.num_runs.argmax())
+    assert expected_labels(shorter, number) != expected_labels(documents, number)
+
+
+def test_repeated_documents_stand_as_often_as_they_are_used(tmp_path: Path) -> None:
+    documents = make_documents().take(np.array([3, 3, 7, 3, 0]))
+    shards = open_shards(write(tmp_path / "train", documents))
+    found = np.concatenate([shards.pack(index).doc_ids for index in range(len(shards))]) - 2**40
+    assert sorted(found.tolist()) == [0, 3, 3, 3, 7]
+    one = make_documents().take(np.array([3]))
+    alone = open_shards(write(tmp_path / "one", one))
+    labels = sum(int(open_shards(tmp_path / "train").num_labels[index]) for index in range(len(shards)))
+    others = open_shards(write(tmp_path / "others", make_documents().take(np.array([7, 0]))))
+    assert labels == 3 * int(alone.num_labels.sum()) + int(others.num_labels.sum())
+
+
+def test_threads_do_not_change_the_bytes(tmp_path: Path, folder: Path) -> None:
+    expected = file_bytes(folder)
+    assert len(expected) > 5
+    for threads in (2, 5):
+        again = write(tmp_path / str(threads), make_documents(), tokens_per_shard=300, threads=threads)
+        assert file_bytes(again) == expected
+    other = write(tmp_path / "other", make_documents(seed=1), tokens_per_shard=300)
+    assert file_bytes(other) != expected, "control"
+
+
+def test_disk_is_at_most_eight_and_a_half_bytes_per_token(tmp_path: Path) -> None:
+    """Ids and labels take 8; the rest is what each document and each file cost, so documents must not be tiny."""
+    documents = make_documents(3000, mean_length=150)
+    content = file_bytes(write(tmp_path / "train", documents, seq_len=2048))
+    per_token = sum(map(len, content.values())) / int(documents.lengths.sum())
+    assert 8 < per_token <= 8.5
+    tiny = make_documents(3000, mean_length=4)
+    content = file_bytes(write(tmp_path / "tiny", tiny, seq_len=2048))
+    assert sum(map(len, content.values())) / int(tiny.lengths.sum()) > 8.5, "control: the bound is not met by itself"
 
 
 def test_the_count_differs_where_first_tokens_are_supervised(folder: Path) -> None:
