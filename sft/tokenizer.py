@@ -172,7 +172,9 @@ def _facts(path: Path, files: Sequence[Path]) -> dict[str, Any]:
     """What transformers makes of the folder: its `tokenizers` backend, serialised, and its special tokens."""
     cache = _cache_file([*files, *([path / "config.json"] if (path / "config.json").is_file() else [])])
     with suppress(OSError, ValueError):
-        return dict(json.loads(cache.read_text(encoding="utf-8")))
+        digest, _, text = cache.read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() == digest:  # else it would give wrong ids without a word
+            return dict(json.loads(text))
     hf = _load_hf(path)
     first = hf.encode("a")[:1]
     special = set(hf.all_special_ids) | {id for id, token in hf.added_tokens_decoder.items() if token.special}
@@ -188,7 +190,8 @@ def _facts(path: Path, files: Sequence[Path]) -> dict[str, Any]:
     with suppress(OSError):  # a read-only home costs the time of an import, nothing else
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_name(f"{cache.name}.{uuid.uuid4().hex[:8]}")
-        temporary.write_text(json.dumps(facts), encoding="utf-8")
+        text = json.dumps(facts)
+        temporary.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
         temporary.replace(cache)
     return facts
 
@@ -197,7 +200,7 @@ def _cache_file(files: Sequence[Path]) -> Path:
     made_by = [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "sentencepiece")]
     name = hashlib.sha256("\0".join([str(CACHE_VERSION), *made_by, _digest(files)]).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "sft" / "tokenizers" / f"{name}.json"
+    return Path(base) / "sft" / "tokenizers" / f"{name}.facts"
 
 
 def _check_bos_setting(path: Path, bos: tuple[int, ...]) -> None:
