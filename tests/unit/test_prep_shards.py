@@ -45,7 +45,7 @@ def make_documents(count: int = 60, seed: int = 0, mean_length: int = SEQ_LEN //
 
 
 def write(folder: Path, documents: Documents, seq_len: int = SEQ_LEN, **options: int) -> Path:
-    made_with = {"path": "x", "digest": "x", "vocab_size": 3, "bos_id": None, "eos_id": 2, "probe": []}
+    made_with = {"path": "x", "digest": "x", "vocab_size": 3, "bos_id": None, "eos_id": 2, "stop_id": 2, "probe": []}
     manifest = {
         "content_key": KEY,
         "seq_len": seq_len,

@@ -4,14 +4,20 @@ Run: pytest tests/unit/test_tokenizer.py
 """
 
 import json
+import os
 import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from sft import tokenizer as module
 from sft.errors import UserError
 from sft.tokenizer import load_sentencepiece, load_tokenizer
 from tests import tiny
-from tests.prep_support import sentencepiece_tokenizer
+from tests.prep_support import byte_bpe_tokenizer, sentencepiece_tokenizer
 
 
 def test_ids_are_those_of_transformers_without_special_tokens(base_model):
@@ -138,3 +144,114 @@ def test_llama2s_bare_model_gives_sentencepieces_ids():
     ids = tokenizer.encode(text)
     assert ids == tokenizer.sentencepiece.encode(text)
     assert ids != tokenizer.hf.encode(text, add_special_tokens=False), "control: transformers' conversion differs here"
+
+
+@pytest.fixture
+def entries(tmp_path, monkeypatch):
+    """An empty cache; its entries."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda: sorted((tmp_path / "cache").rglob("*.facts"))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Folders that transformers has loaded."""
+    load, seen = module._load_hf, []
+    monkeypatch.setattr(module, "_load_hf", lambda path: seen.append(path) or load(path))
+    return seen
+
+
+LOAD = """
+import sys
+from sft.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+assert tokenizer.encode("ab") == [100, 101]
+print("transformers" in sys.modules)
+"""
+
+
+def test_the_second_process_does_not_import_transformers(base_model, entries):
+    def started():
+        return subprocess.run([sys.executable, "-c", LOAD, str(base_model)], capture_output=True, text=True, check=True)
+
+    assert started().stdout.strip() == "True"
+    assert len(entries()) == 1
+    assert started().stdout.strip() == "False"
+
+
+def facts(tokenizer):
+    names = ("digest", "vocab_size", "bos", "eos_id", "unk_id", "special_ids")
+    text = "a </s> b\n\n<s>é🙂 \u3000x"
+    ids = tokenizer.encode(text)
+    backend = (tokenizer.backend.to_str(), tokenizer.backend.encode_special_tokens)
+    return [*(getattr(tokenizer, name) for name in names), ids, tokenizer.decode(ids), backend]
+
+
+@pytest.mark.parametrize("make", [tiny.make_tokenizer, byte_bpe_tokenizer, sentencepiece_tokenizer])
+def test_what_is_kept_equals_a_fresh_load(tmp_path, entries, loads, make):
+    folder = make(tmp_path / "tokenizer")
+    fresh = load_tokenizer(folder)
+    again = load_tokenizer(folder)
+    assert len(loads) == 1
+    assert facts(again) == facts(fresh)
+    hf = again.hf
+    assert hf.backend_tokenizer.to_str() == again.backend.to_str()
+    assert (hf.eos_token_id, hf.unk_token_id, len(hf)) == (again.eos_id, again.unk_id, again.vocab_size)
+    assert set(hf.all_special_ids) == again.special_ids
+    assert again.bos == ((hf.bos_token_id,) if hf.encode("a")[0] == hf.bos_token_id else ())
+    text = "a </s> b\n\n<|end|>é🙂"
+    assert again.sentencepiece or again.encode(text) == hf.encode(text, add_special_tokens=False)
+
+
+def test_a_changed_file_is_another_entry(base_model, tmp_path, entries, loads):
+    copy = tmp_path / "copy"
+    shutil.copytree(base_model, copy)
+    load_tokenizer(copy)
+    load_tokenizer(base_model)
+    assert (len(entries()), len(loads)) == (1, 1), "equal files in another folder are the same entry"
+    config = copy / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token": "</s>"', '"eos_token": "<unk>"'))
+    assert load_tokenizer(copy).eos_id == 0
+    assert load_tokenizer(base_model).eos_id == 2
+    assert (len(entries()), len(loads)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"7", b"null", b"{}", b'{"bos": 3}', b"\xff\xfe", "half", "other"]
+)
+def test_a_corrupt_entry_is_made_again(base_model, entries, loads, content):
+    expected = facts(load_tokenizer(base_model))
+    [entry] = entries()
+    whole = entry.read_bytes()
+    made = {"half": whole[: len(whole) // 2], "other": whole.replace(b'"eos_id": 2', b'"eos_id": 1')}
+    assert made["other"] != whole
+    entry.write_bytes(made[content] if isinstance(content, str) else content)
+    assert facts(load_tokenizer(base_model)) == expected
+    assert len(loads) == 2
+    assert entry.read_bytes() == whole
+    load_tokenizer(base_model)
+    assert len(loads) == 2, "control: a whole entry is used"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(base_model, tmp_path, monkeypatch, loads):
+    """A file stands where the folder should be: not even root can write there."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load_tokenizer(base_model).eos_id == 2
+    assert load_tokenizer(base_model).eos_id == 2
+    assert len(loads) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_a_read_only_cache_is_no_error(base_model, tmp_path, monkeypatch, loads):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load_tokenizer(base_model).eos_id == 2
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(loads) == 1
+
+
+def test_tests_keep_out_of_the_users_cache(cache):
+    assert os.environ["XDG_CACHE_HOME"] == str(cache)
+    assert Path.home() not in cache.parents
