@@ -114,9 +114,7 @@ def build(encoder: Encoder, inputs: Sequence[InputFile], key: str, out: Path, cl
         report = describe_job(encoder, key, corpus, splits, packs, clusters, fates, compared)
         if spill is not None:
             shared = describe_build(encoder, key, fates, compared)
-            temporary = write_splits(
-                spill, as_documents(corpus, spill, fates), splits, packs, shared, num_workers(config)
-            )
+            temporary = write_splits(spill, corpus, fates, splits, packs, shared, threads=min(num_workers(config), 4))
             clock.lap("write")
             report["timings_s"] = clock.timings(sum(fate.rows for fate in fates))
             write_json(temporary / "report.json", report)
@@ -173,11 +171,11 @@ def encode_all(encoder: Encoder, inputs: Sequence[InputFile], spill: Spill | Non
         yield sizes.popleft(), spill.add(done, block) if spill else without_ids(block)
 
 
-def as_documents(corpus: Corpus, spill: Spill, fates: Sequence[SourceFate]) -> Documents:
+def as_documents(corpus: Corpus, ids: NDArray[np.int32], fates: Sequence[SourceFate]) -> Documents:
     """All documents, with global row numbers: document ids run over the rows of all sources."""
     first_row = np.cumsum([0, *(fate.rows for fate in fates)])
     return Documents(
-        ids=spill.ids(),
+        ids=ids,
         starts=np.cumsum(corpus.lengths, dtype=np.int64) - corpus.lengths,
         lengths=corpus.lengths,
         runs=corpus.runs,
@@ -190,7 +188,8 @@ def as_documents(corpus: Corpus, spill: Spill, fates: Sequence[SourceFate]) -> D
 
 def write_splits(
     spill: Spill,
-    documents: Documents,
+    corpus: Corpus,
+    fates: Sequence[SourceFate],
     splits: dict[str, NDArray[np.int64]],
     packs: dict[str, Packs],
     shared: dict[str, Any],
@@ -199,15 +198,18 @@ def write_splits(
     """Write every split into a new folder, which is returned.
 
     Raises:
-        UserError: the disk has no room for it.
+        OSError: the disk has no room for it.
     """
     folder = spill.new_output()
-    needed = sum(output_bytes(documents.lengths[index]) for index in splits.values())
+    needed = sum(output_bytes(corpus.lengths[index]) for index in splits.values())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+    ids, forget_pages = spill.map_ids()
+    documents = as_documents(corpus, ids, fates)
     for split, index in splits.items():
+        of_split = replace(packs[split], order=index[packs[split].order])
         manifest = {**shared, "split": split}
-        write_shards(folder / split, documents.take(index), packs[split], manifest, threads=min(threads, 4))
+        write_shards(folder / split, documents, of_split, manifest, threads=threads, after_shard=forget_pages)
     return folder
 
 

@@ -22,7 +22,7 @@ WINDOW = 4096
 class Packs:
     """Pack p holds documents `order[offsets[p]:offsets[p + 1]]`."""
 
-    order: NDArray[np.int32]
+    order: NDArray[np.int32] | NDArray[np.int64]
     offsets: NDArray[np.int64]
 
     def __len__(self) -> int:

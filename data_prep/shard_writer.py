@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ def write_shards(
     manifest: dict[str, Any],
     tokens_per_shard: int = TOKENS_PER_SHARD,
     threads: int = 1,
+    after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write packs of `documents` into the new `folder` and return the manifest, completed with shards and totals.
 
@@ -69,7 +70,9 @@ def write_shards(
     names = [f"data-{index:05d}-of-{len(ranges):05d}.arrow" for index in range(len(ranges))]
 
     def write(name: str, packs_of_shard: tuple[int, int]) -> tuple[dict[str, Any], int]:
-        return _write_shard(folder / name, documents, packs, *packs_of_shard)
+        entry = _write_shard(folder / name, documents, packs, *packs_of_shard)
+        after_shard()
+        return entry
 
     with ThreadPoolExecutor(threads) as pool:
         written = list(pool.map(write, names, ranges))

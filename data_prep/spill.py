@@ -8,9 +8,10 @@ the digest in it is that of its tokens. The folder is locked while a job works i
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,12 +65,13 @@ class Spill:
         temporary.replace(file)
         return without_ids(block)
 
-    def ids(self) -> NDArray[np.int32]:
-        """All ids so far, mapped from the file."""
-        size = self.tokens.tell() // 4
-        return (
-            np.asarray(np.memmap(self.folder / "tokens.bin", dtype="<i4", mode="r", shape=(size,))) if size else NO_IDS
-        )
+    def map_ids(self) -> tuple[NDArray[np.int32], Callable[[], None]]:
+        """(all ids, mapped from the file; a function that gives the memory of the pages read so far back)."""
+        size = self.tokens.tell()
+        if not size:
+            return NO_IDS, lambda: None
+        mapped = mmap.mmap(self.tokens.fileno(), size, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype="<i4"), lambda: mapped.madvise(mmap.MADV_DONTNEED)
 
     def new_output(self) -> Path:
         """An empty folder in which to build the output."""
