@@ -174,13 +174,17 @@ def test_any_examples_equal_the_reference_where_proved(pair: Pair, examples: lis
 @settings(deadline=None, max_examples=60)
 @given(prompt=TEXTS, response=NOT_EMPTY)
 def test_every_row_that_the_reference_accepts_is_proved(pair: Pair, prompt: str, response: str) -> None:
-    """But for what merges over the border or holds a special token. So the comparison above is not an empty one."""
+    """But for what merges over the border, holds a special token, or a prompt with SentencePiece's mark for a space.
+
+    So the comparison above is not an empty one.
+    """
     tokenizer, fast = pair
     example = answer(prompt, response)
     merges = tokenizer.encode(prompt + response)[: len(tokenizer.encode(prompt))] != tokenizer.encode(prompt)
     named = not tokenizer.special_ids.isdisjoint(fast.encode([prompt + response])[0].tolist())
     accepted = isinstance(reference_document(tokenizer, example), Document)
-    assert encode_at_once(tokenizer, fast, [example])[1].tolist() == [accepted and not merges and not named]
+    marked = bool(fast.gap) and "▁" in prompt
+    assert encode_at_once(tokenizer, fast, [example])[1].tolist() == [accepted and not (merges or named or marked)]
 
 
 def test_a_block_without_rows_and_texts_without_ids(pair: Pair) -> None:

@@ -31,7 +31,8 @@ def test_unicode_form_and_ascii_white_space_do_not_part_texts(other: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "other", ["Cafe au lait", "café au lait", "Café au\u3000lait", "Café au lait.", "Café au\u200blait", "au lait Café", ""]
+    "other",
+    ["Cafe au lait", "café au lait", "Café au\u3000lait", "Café au lait.", "Café au\u200blait", "au lait Café", ""],
 )
 def test_control_another_text_has_another_key(other: str) -> None:
     assert text_key(other) != text_key("Café au lait")
