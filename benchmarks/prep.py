@@ -96,14 +96,14 @@ def show(title: str, rows: int, seconds: float, stages: dict[str, float], fill: 
 def write_rows(real: list[dict[str, str]], path: Path, count: int | None = None, size: int | None = None) -> None:
     """`count` rows, or as many as fill `size` bytes; round k pairs row i with the response of row i + 17 k."""
     written = number = 0
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "wb") as file:
         while (count is not None and number < count) or (size is not None and written < size):
             turn, index = divmod(number, len(real))
             row, other = real[index], real[(index + 17 * turn) % len(real)]
             made = {"instruction": row["instruction"], "input": row.get("input", ""), "output": other["output"]}
             if turn >= len(real):
                 made["output"] += f" {turn}"
-            written += file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            written += file.write(json.dumps(made, ensure_ascii=False).encode() + b"\n")
             number += 1
 
 

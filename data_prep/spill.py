@@ -71,6 +71,7 @@ class Spill:
         if not size:
             return NO_IDS, lambda: None
         mapped = mmap.mmap(self.tokens.fileno(), size, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # a pack's documents stand anywhere: pages around them would fill the memory
         return np.frombuffer(mapped, dtype="<i4"), lambda: mapped.madvise(mmap.MADV_DONTNEED)
 
     def new_output(self) -> Path:
