@@ -5,7 +5,7 @@ compared with the reference in every build, and what every id spells is compared
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece writes a space as this character."""
 
 
+NOT_TEXT = b"\xff"
+"""Stands for what some added tokens spell: no text has this byte, so none that holds such a token is proved."""
+
+
 @dataclass(frozen=True, eq=False)
 class FastTokens:
     """A gigatoken backend and the spelling of its vocabulary."""
@@ -26,7 +30,7 @@ class FastTokens:
     pieces: pa.BinaryArray
     """[vocab]: the bytes each id adds to a text; a special token's are its name."""
     gap: str
-    """What the tokenizer puts before every text: a space with SentencePiece, else nothing."""
+    """What the tokenizer puts before a text and takes away in decoding: a space with most SentencePiece models."""
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(ids of all texts end to end, offsets [texts + 1]); no BOS, no EOS. Runs on the calling thread."""
@@ -55,10 +59,49 @@ def load_fast(tokenizer: Tokenizer) -> FastTokens | None:
         return None
     vocab = backend.vocab
     by_id = [vocab.get(token, b"") for token in range(backend.vocab_size)]
-    is_pieces = type(backend.backend).__name__ == "SentencePieceTokenizer"
-    if is_pieces:
+    if type(backend.backend).__name__ == "SentencePieceTokenizer":
         by_id = [piece.replace(WORD_START.encode(), b" ") for piece in by_id]
-    return FastTokens(backend=backend, pieces=pa.array(by_id, type=pa.binary()), gap=" " if is_pieces else "")
+    for token in _doubtful_tokens(tokenizer):
+        by_id[token] = NOT_TEXT
+    fast = FastTokens(backend=backend, pieces=pa.array(by_id, type=pa.binary()), gap="")
+    return replace(fast, gap=_gap(fast, tokenizer))
+
+
+def _gap(fast: FastTokens, tokenizer: Tokenizer) -> str:
+    """What stands before a text in its tokens but not in what they decode to."""
+    if tokenizer.decode(tokenizer.encode("x")) != "x":
+        return ""
+    spelled, _ = fast.spell(fast.encode(["x"])[0])
+    return spelled.tobytes().removesuffix(b"x").decode(errors="replace")
+
+
+def _doubtful_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Added tokens that gigatoken may find where the reference does not, or that the reference decodes to other text.
+
+    gigatoken looks for all of them at once and anywhere. The reference looks for some only as whole words, and for
+    those that are normalised after the others.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder()
+    at_first = [token.content for token in added.values() if not token.normalized]
+    before = tokenizer.encode("x")
+    shown = tokenizer.decode(before)
+    return [
+        number
+        for number, token in added.items()
+        if number not in tokenizer.special_ids
+        and (
+            token.single_word
+            or token.normalized
+            and any(_may_overlap(token.content, other) for other in at_first)
+            or tokenizer.decode([*before, number]) != shown + token.content
+        )
+    ]
+
+
+def _may_overlap(one: str, other: str) -> bool:
+    """Whether a text can hold both so that they share characters."""
+    edges = range(1, min(len(one), len(other)) + 1)
+    return one in other or other in one or any(one[-n:] == other[:n] or other[-n:] == one[:n] for n in edges)
 
 
 def count_equal(fast: FastTokens, tokenizer: Tokenizer, texts: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from data_prep.shards import MANIFEST, open_shards, read_manifest
 from sft.config import PrepConfig
 from sft.errors import UserError
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised whenever the same input would give other bytes."""
 NOT_CONTENT = {"sources", "tokenizer", "out", "workers", "engine", "dry_run", "decontaminate", "template"}
 

@@ -1,0 +1,112 @@
+"""What a review of data preparation found: each test fails without its mend."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data_prep.at_once import encode_at_once
+from data_prep.encode import encode_examples, reference_document
+from data_prep.probe import compare_encoders
+from sft.tokenizer import load_tokenizer
+from tests.prep_support import WORDS, answer
+
+ADDED = {
+    "whole words": (
+        None,
+        [AddedToken("zork", single_word=True, special=False)],
+        ["a zork b", "azorkb", "zork_", "zork"],
+    ),
+    "normalised after the others": (
+        None,
+        [
+            AddedToken("zork", normalized=False, special=False),
+            AddedToken("rkx", normalized=True, special=False),
+            AddedToken("xzo", normalized=False, special=False),
+        ],
+        ["zorkxzork", "ozörkxzork", "a rkx b"],
+    ),
+    "decoded to other text": (normalizers.NFC(), [AddedToken("zörk", special=False)], ["a zörk b", "zörk"]),
+}
+
+
+def byte_bpe(folder: Path, normalizer: normalizers.Normalizer | None, added: list[AddedToken]) -> Path:
+    """A byte-level BPE with added tokens that no probe text and no first row holds."""
+    tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([f"{a} {b}\n" for a in WORDS for b in WORDS], trainer)
+    tokenizer.add_tokens(added)
+    return saved(tokenizer, folder, {"eos_token": "<|end|>"})
+
+
+def saved(tokenizer: Tokenizer, folder: Path, names: dict[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_added_tokens_that_gigatoken_reads_otherwise_are_the_references_to_judge(tmp_path: Path, kind: str) -> None:
+    """Their bytes are right either way, so only the reference can tell."""
+    normalizer, added, texts = ADDED[kind]
+    tokenizer = load_tokenizer(byte_bpe(tmp_path / "model", normalizer, added))
+    fast, _ = compare_encoders(tokenizer, ["a task", "a response"])
+    assert fast is not None, "the probe alone does not see it"
+    examples = [answer("a task\n", text) for text in ["plain", *texts]]
+    encoded, proved = encode_at_once(tokenizer, fast, examples)
+    assert proved[0]
+    for number, example in enumerate(examples):
+        if proved[number]:
+            assert encoded.document(number) == reference_document(tokenizer, example), example
+    found, reasons = encode_examples(tokenizer, fast, examples)
+    expected, expected_reasons = encode_examples(tokenizer, None, examples)
+    assert found.ids.tolist() == expected.ids.tolist()
+    assert reasons == expected_reasons
+
+
+def test_plain_added_tokens_are_still_encoded_at_once(tmp_path: Path) -> None:
+    """Qwen's <think> is such a token: sending each of its rows to the reference would cost most of the speed."""
+    added = [AddedToken("<think>", normalized=False, special=False), AddedToken("    ", special=False)]
+    tokenizer = load_tokenizer(byte_bpe(tmp_path / "model", None, added))
+    fast, _ = compare_encoders(tokenizer, ["a task"])
+    assert fast is not None
+    examples = [answer("a task\n", "<think>\nyes    no"), answer("a task\n<think>", "ok")]
+    encoded, proved = encode_at_once(tokenizer, fast, examples)
+    assert proved.all()
+    assert {tokenizer.backend.token_to_id("<think>"), tokenizer.backend.token_to_id("    ")} <= set(
+        encoded.ids.tolist()
+    )
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_pieces_with_and_without_a_space_in_front_are_encoded_at_once(tmp_path: Path, scheme: str) -> None:
+    specials = ["<unk>", "<s>", "</s>"]
+    pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    strip = [] if scheme == "never" else [decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    tokenizer.add_special_tokens(specials)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    loaded = load_tokenizer(saved(tokenizer, tmp_path / "model", names))
+    fast, _ = compare_encoders(loaded, ["a task"])
+    assert fast is not None
+    examples = [answer("a task\n", "yes"), answer("a task", " no é"), answer("", "plain")]
+    encoded, proved = encode_at_once(loaded, fast, examples)
+    assert proved.all()
+    expected, _ = encode_examples(loaded, None, examples)
+    assert np.array_equal(encoded.ids, expected.ids)
