@@ -259,8 +259,8 @@ def test_any_cut_is_a_prefix_of_whole_characters(tokenizer_of: Sequence[Tokenize
     assert whole == document.runs[: len(whole)]
     assert start == document.runs[len(whole)][0] < end == len(cut.ids)
     if (start, end) != document.runs[len(whole)]:
-        shown = tokenizer.decode(cut.ids[len(tokenizer.bos) :])
-        asked = tokenizer.decode(cut.ids[len(tokenizer.bos) : start])
+        first = whole[-1][1] if whole else len(tokenizer.bos)  # of the text that is cut
+        shown, asked = tokenizer.decode(cut.ids[first:]), tokenizer.decode(cut.ids[first:start])
         assert shown.startswith(asked)
         assert turns[len(whole)][1].startswith(shown[len(asked) :])
         assert cut.ids[-1] != tokenizer.eos_id
