@@ -48,7 +48,7 @@ from data_prep.report import (
     summary_lines,
     summary_tables,
 )
-from data_prep.shard_writer import Documents, write_json, write_shards
+from data_prep.shard_writer import Documents, Ids, write_json, write_shards
 from data_prep.spill import Spill, remove_leftover, without_ids, work_folder
 from sft.config import PrepConfig
 from sft.errors import UserError
@@ -171,7 +171,7 @@ def encode_all(encoder: Encoder, inputs: Sequence[InputFile], spill: Spill | Non
         yield sizes.popleft(), spill.add(done, block) if spill else without_ids(block)
 
 
-def as_documents(corpus: Corpus, ids: NDArray[np.int32], fates: Sequence[SourceFate]) -> Documents:
+def as_documents(corpus: Corpus, ids: Ids, fates: Sequence[SourceFate]) -> Documents:
     """All documents, with global row numbers: document ids run over the rows of all sources."""
     first_row = np.cumsum([0, *(fate.rows for fate in fates)])
     return Documents(
@@ -204,12 +204,11 @@ def write_splits(
     needed = sum(output_bytes(corpus.lengths[index]) for index in splits.values())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
-    ids, forget_pages = spill.map_ids()
-    documents = as_documents(corpus, ids, fates)
+    documents = as_documents(corpus, spill.ids(), fates)
     for split, index in splits.items():
         of_split = replace(packs[split], order=index[packs[split].order])
         manifest = {**shared, "split": split}
-        write_shards(folder / split, documents, of_split, manifest, threads=threads, after_shard=forget_pages)
+        write_shards(folder / split, documents, of_split, manifest, threads=threads)
     return folder
 
 

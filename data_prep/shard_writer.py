@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +19,19 @@ TOKENS_PER_SHARD = 1 << 23
 """64 MiB of ids and labels: small enough to copy one at a time, large enough that few files are open."""
 
 
+class Ids(Protocol):
+    """Token ids end to end: an int32 array, or a file that is read document by document."""
+
+    def __getitem__(self, piece: slice, /) -> NDArray[np.int32]:
+        """The ids [start, stop)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Encoded documents; document d has `ids[starts[d]:starts[d] + lengths[d]]` and the supervised
     `runs[first_run[d]:first_run[d] + num_runs[d]]`."""
 
-    ids: NDArray[np.int32]
-    """May be a mapped file: it is read document by document."""
+    ids: Ids
     starts: NDArray[np.int64]
     lengths: NDArray[np.int32]
     runs: NDArray[np.int32]
@@ -56,7 +62,6 @@ def write_shards(
     manifest: dict[str, Any],
     tokens_per_shard: int = TOKENS_PER_SHARD,
     threads: int = 1,
-    after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Write packs of `documents` into the new `folder` and return the manifest, completed with shards and totals.
 
@@ -70,9 +75,7 @@ def write_shards(
     names = [f"data-{index:05d}-of-{len(ranges):05d}.arrow" for index in range(len(ranges))]
 
     def write(name: str, packs_of_shard: tuple[int, int]) -> tuple[dict[str, Any], int]:
-        entry = _write_shard(folder / name, documents, packs, *packs_of_shard)
-        after_shard()
-        return entry
+        return _write_shard(folder / name, documents, packs, *packs_of_shard)
 
     with ThreadPoolExecutor(threads) as pool:
         written = list(pool.map(write, names, ranges))

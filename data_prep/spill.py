@@ -8,10 +8,9 @@ the digest in it is that of its tokens. The folder is locked while a job works i
 import errno
 import fcntl
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,17 @@ from data_prep.workers import WorkerLost
 from sft.errors import UserError
 
 NO_IDS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class FileIds:
+    """The ids of a file, read piece by piece: a mapping would count as this process's memory, and a pack's documents
+    stand anywhere in it."""
+
+    descriptor: int
+
+    def __getitem__(self, piece: slice) -> NDArray[np.int32]:
+        return np.frombuffer(os.pread(self.descriptor, 4 * (piece.stop - piece.start), 4 * piece.start), dtype="<i4")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +75,9 @@ class Spill:
         temporary.replace(file)
         return without_ids(block)
 
-    def map_ids(self) -> tuple[NDArray[np.int32], Callable[[], None]]:
-        """(all ids, mapped from the file; a function that gives the memory of the pages read so far back)."""
-        size = self.tokens.tell()
-        if not size:
-            return NO_IDS, lambda: None
-        mapped = mmap.mmap(self.tokens.fileno(), size, access=mmap.ACCESS_READ)
-        mapped.madvise(mmap.MADV_RANDOM)  # a pack's documents stand anywhere: pages around them would fill the memory
-        return np.frombuffer(mapped, dtype="<i4"), lambda: mapped.madvise(mmap.MADV_DONTNEED)
+    def ids(self) -> "FileIds":
+        """All ids so far."""
+        return FileIds(self.tokens.fileno())
 
     def new_output(self) -> Path:
         """An empty folder in which to build the output."""
