@@ -12,14 +12,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-WHITE_SPACE = b" \t\n\r\x0b\x0c"
-
 
 def text_key(content: str) -> bytes:
-    """16 bytes that stand for the text of a row, whatever its Unicode form (NFC, NFD) and its white space (ASCII)."""
+    """16 bytes that stand for the text of a row; its Unicode form (NFC, NFD) and the width of its white space (ASCII)
+    do not count."""
     if not content.isascii():
         content = unicodedata.normalize("NFC", content)
-    return xxhash.xxh3_128_digest(content.encode().translate(None, WHITE_SPACE))
+    return xxhash.xxh3_128_digest(b" ".join(content.encode().split()))
 
 
 def keys_to_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:

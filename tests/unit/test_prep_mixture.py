@@ -24,7 +24,7 @@ def keys(count: int, first: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "other",
-    ["Caf\u00e9 au lait", "Cafe\u0301 au lait", " Café  au\tlait\n", "Caféaulait", "Café\r\nau\r\nlait"],
+    ["Caf\u00e9 au lait", "Cafe\u0301 au lait", " Café  au\tlait\n", "Café\r\nau\r\nlait"],
 )
 def test_unicode_form_and_ascii_white_space_do_not_part_texts(other: str) -> None:
     assert text_key(other) == text_key("Café au lait")
@@ -32,7 +32,16 @@ def test_unicode_form_and_ascii_white_space_do_not_part_texts(other: str) -> Non
 
 @pytest.mark.parametrize(
     "other",
-    ["Cafe au lait", "café au lait", "Café au\u3000lait", "Café au lait.", "Café au\u200blait", "au lait Café", ""],
+    [
+        "Cafe au lait",
+        "Caféaulait",
+        "café au lait",
+        "Café au\u3000lait",
+        "Café au lait.",
+        "Café au\u200blait",
+        "au lait Café",
+        "",
+    ],
 )
 def test_control_another_text_has_another_key(other: str) -> None:
     assert text_key(other) != text_key("Café au lait")
