@@ -7,7 +7,6 @@ reference tokenizer, and decodes. `data_prep.at_once` is many times faster and p
 document that it cannot prove comes here.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +18,7 @@ from data_prep.at_once import encode_at_once
 from data_prep.documents import Document, Encoded, eos_of, join_documents, replace_documents
 from data_prep.example import Example
 from data_prep.fast import FastTokens
+from data_prep.specials import decode_with_specials, encode_with_specials
 from sft.tokenizer import Tokenizer
 
 
@@ -66,7 +66,7 @@ def _ids_and_runs(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], specials_meant: bool
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
     """(ids, supervised runs) of one text; None for the runs where they cannot be proved."""
-    encode = _encode_with_specials if specials_meant else Tokenizer.encode
+    encode = encode_with_specials if specials_meant else Tokenizer.encode
     whole = encode(tokenizer, text)
     runs = []
     for start, end in spans:
@@ -78,34 +78,10 @@ def _ids_and_runs(
         until = encode(tokenizer, text[:end]) if end < len(text) else whole
         if whole[: len(until)] != until or len(until) <= len(before):
             return whole, None
-        if _decode(tokenizer, until) != _decode(tokenizer, before) + text[start:end]:
+        if decode_with_specials(tokenizer, until) != decode_with_specials(tokenizer, before) + text[start:end]:
             return whole, None
         runs.append((len(before), len(until)))
     return whole, runs
-
-
-def _encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text in which names of special tokens mean those tokens; sentencepiece itself takes them for text."""
-    if tokenizer.sentencepiece is None:
-        return tokenizer.encode(text)
-    by_name = {tokenizer.token(token): token for token in tokenizer.special_ids}
-    ids: list[int] = []
-    for part in re.split("(" + "|".join(map(re.escape, by_name)) + ")", text):
-        ids += [by_name[part]] if part in by_name else tokenizer.encode(part)
-    return ids
-
-
-def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    if tokenizer.sentencepiece is None:
-        return tokenizer.decode(ids)
-    text = ""
-    part: list[int] = []
-    for token in ids:
-        if token in tokenizer.special_ids:
-            text, part = text + tokenizer.decode(part) + tokenizer.token(token), []
-        else:
-            part.append(token)
-    return text + tokenizer.decode(part)
 
 
 def _stops_once(tokenizer: Tokenizer, run: Sequence[int]) -> bool:
@@ -147,9 +123,9 @@ def truncate(tokenizer: Tokenizer, example: Example, document: Document, seq_len
         start, end = document.runs[position]
         if end <= seq_len:
             return replace(document, ids=document.ids[:end], runs=document.runs[: position + 1], truncated=True)
-        before = _decode(tokenizer, document.ids[len(tokenizer.bos) : start])
+        before = decode_with_specials(tokenizer, document.ids[len(tokenizer.bos) : start])
         for cut in range(min(seq_len, end - 1), start, -1):
-            shown = _decode(tokenizer, document.ids[len(tokenizer.bos) : cut])
+            shown = decode_with_specials(tokenizer, document.ids[len(tokenizer.bos) : cut])
             whole = not shown.endswith("\ufffd")  # half a character decodes to it, also where the text itself holds one
             if whole and len(shown) > len(before) and (before + responses[position]).startswith(shown):
                 runs = [*document.runs[:position], (start, cut)]

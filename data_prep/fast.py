@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.specials import encode_with_specials
 from sft.tokenizer import Tokenizer
 
 WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -105,7 +106,7 @@ def _may_overlap(one: str, other: str) -> bool:
 
 
 def count_equal(fast: FastTokens, tokenizer: Tokenizer, texts: Sequence[str]) -> int:
-    """On how many texts gigatoken gives the ids of the reference."""
+    """On how many texts gigatoken gives the ids of the reference; names of special tokens mean those tokens."""
     ids, offsets = fast.encode(texts)
     ours = np.split(ids, offsets[1:-1])
-    return sum(mine.tolist() == theirs for mine, theirs in zip(ours, tokenizer.encode_batch(texts), strict=True))
+    return sum(mine.tolist() == encode_with_specials(tokenizer, text) for mine, text in zip(ours, texts, strict=True))

@@ -1,10 +1,12 @@
 """What a tokenizer does to a few texts: recorded in the manifest, and compared between libraries in every build."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from data_prep.fast import FastTokens, count_equal, load_fast
+from data_prep.specials import encode_with_specials
 from sft.tokenizer import Tokenizer, load_sentencepiece
 
 PROBE_TEXTS = (
@@ -67,7 +69,8 @@ def compare_conversion(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, 
     model = tokenizer.path / "tokenizer.model"
     if not model.is_file():
         return None
-    reference = load_sentencepiece(model).encode(list(texts))
+    by_pieces = replace(tokenizer, sentencepiece=load_sentencepiece(model))
+    reference = [encode_with_specials(by_pieces, text) for text in texts]
     converted = [
         encoding.ids for encoding in tokenizer.backend.encode_batch_fast(list(texts), add_special_tokens=False)
     ]

@@ -9,6 +9,7 @@ import pytest
 
 from data_prep.fast import FastTokens, count_equal, load_fast
 from data_prep.probe import HARD_TEXTS, PROBE_TEXTS, compare_conversion, compare_encoders, probe_ids
+from data_prep.specials import encode_with_specials
 from sft.tokenizer import Tokenizer, load_tokenizer
 from tests.prep_support import byte_bpe_tokenizer, byte_ids, needs_shared, sentencepiece_tokenizer, shared_examples
 from tests.tiny import SHARED, make_tokenizer
@@ -161,3 +162,13 @@ def test_probe_names_texts_and_ids(byte_level: Tokenizer) -> None:
     probe = probe_ids(byte_level)
     assert [item["text"] for item in probe] == list(PROBE_TEXTS)
     assert all(item["ids"] == byte_ids(str(item["text"])) for item in probe)
+
+
+def test_a_chat_template_does_not_change_which_encoder_is_used(pieces: Tokenizer) -> None:
+    """sentencepiece itself takes the names of special tokens for text, which is not what a chat template means."""
+    texts = ["<s>write the task</s>", "the request</s><s>a response</s>"]
+    fast, told = compare_encoders(pieces, texts)
+    assert fast is not None
+    assert told["equal"] == told["texts"] == FIXED + len(texts)
+    as_text = pieces.sentencepiece.encode("<s>request</s>")
+    assert as_text != encode_with_specials(pieces, "<s>request</s>")
