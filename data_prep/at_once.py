@@ -79,7 +79,7 @@ def encode_at_once(
     special[list(tokenizer.special_ids)] = True
     is_special = special[ids]
     stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
-    before = np.cumsum(np.append(0, is_special))
+    before = _counted_before(is_special)
     num_special = np.diff(before[offsets])
     good &= ~stop | (num_special == 0)
     if tokenizer.sentencepiece is not None and not stop.all():
@@ -130,15 +130,22 @@ def _runs(
     # Token by token: the ids of every prompt against the first ids of its text.
     where = np.repeat(first - prompt_offsets[:-1], sizes) + np.arange(len(prompt_ids))
     differs = prompt_ids != ids[np.minimum(where, max(len(ids) - 1, 0))] if len(ids) else np.ones(len(prompt_ids), bool)
-    wrong = np.cumsum(np.append(0, differs))
+    wrong = _counted_before(differs)
     good &= wrong[prompt_offsets[1:]] == wrong[prompt_offsets[:-1]]
     text_start = ends[first] + len(fast.gap)
     good &= (ends[first + starts] == text_start + flat.span_start) | (flat.span_start == 0)
     target = text_start + flat.span_end
-    run_ends = np.searchsorted(ends, target) - first
+    run_ends = np.searchsorted(ends, target.astype(ends.dtype)) - first  # of another type: ends would be copied
     run_ends = np.where((run_ends > starts) & (run_ends <= room), run_ends, 0)
     good &= (ends[first + run_ends] == target) & (run_ends > starts)
     return starts, np.maximum(run_ends, starts), good
+
+
+def _counted_before(marks: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many of n marks are set before each position [n + 1]."""
+    counts = np.zeros(len(marks) + 1, dtype=np.int32)
+    np.cumsum(marks, out=counts[1:])
+    return counts
 
 
 def _assemble(
