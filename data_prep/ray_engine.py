@@ -8,6 +8,7 @@ without it Ray starts on this host and ends with the job.
 import logging
 import os
 import signal
+import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from sft.tokenizer import load_tokenizer
 
 BLOCKS_PER_WORKER = 3
 """In flight: one being encoded, one waiting there, one on its way."""
+CONNECT_S = 10.0
 PACKAGES = ("sft-pipeline", "gigatoken", "tokenizers", "transformers", "sentencepiece", "jinja2", "rensa")
 """What a block's bytes may depend on besides the options."""
 
@@ -77,6 +79,8 @@ def encode_blocks(raw_blocks: Iterator[RawBlock], encoder: Encoder, workers: int
 @contextmanager
 def _connected(ray: Any, cpus: int) -> Iterator[None]:
     is_own = "RAY_ADDRESS" not in os.environ
+    if not is_own:
+        _check_answers(os.environ["RAY_ADDRESS"])
     logging.getLogger("ray").setLevel(logging.ERROR)  # it announces that its processes use an authentication token
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -95,6 +99,19 @@ def _connected(ray: Any, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address that nothing answers at, for which Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdigit():
+        return  # auto
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"engine ray: RAY_ADDRESS {address}: no answer: {error}; start Ray there, or correct it"
+        ) from None
 
 
 def _num_actors(ray: Any, asked: int | None) -> int:
