@@ -1,6 +1,5 @@
-"""Launch scripts, recipes and DeepSpeed files: they parse, they name what exists, and signals reach the ranks."""
+"""Launch scripts and recipes: they parse, they name what exists, and signals reach the ranks."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,10 @@ from sft.config import PrepConfig, RunConfig
 from sft.settings import load
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+SLURM_SCRIPTS = [ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "prep.slurm"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *SLURM_SCRIPTS, ROOT / ".ci" / "run"]
 RUN_RECIPES = [path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if "prep" not in path.name]
 PREP_RECIPES = sorted((ROOT / "launch" / "recipes").glob("prep_*.yaml"))
-STRATEGIES = sorted((ROOT / "ds_configs").glob("*.json"))
-OWNED_BY_RUN_CONFIG = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "managed_gradient_accumulation",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "wandb",
-    "tensorboard",
-    "csv_monitor",
-    "steps_per_print",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-}
 STAND_IN_TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -96,7 +77,7 @@ def make_command(folder: Path, name: str, body: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=relative)
 def test_script_is_valid_shell(script):
-    assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
+    assert os.access(script, os.X_OK) or script in SLURM_SCRIPTS
     assert "set -euo pipefail" in script.read_text()
     subprocess.run(["bash", "-n", script], check=True)
 
@@ -124,6 +105,9 @@ def test_scripts_pass_shellcheck(tmp_path):
         ("multi_node.sh", ["missing", "run.yaml"]),
         ("slurm.sbatch", []),
         ("slurm.sbatch", ["missing.yaml"]),
+        ("prep.slurm", []),
+        ("prep.slurm", ["missing.yaml"]),
+        ("prep.slurm", ["--workers", "1"]),
     ],
 )
 def test_wrong_arguments_show_the_usage(tmp_path, script, arguments):
@@ -195,6 +179,70 @@ def test_slurm_starts_one_launcher_per_node(recorded, tmp_path):
     assert (tmp_path / "hosts").read_text() == "node1 slots=8\nnode2 slots=8\n"
     assert "--ntasks-per-node=1" in (tmp_path / "srun").read_text()
     assert not Path(hostfile).exists()
+
+
+@pytest.mark.parametrize("script", SLURM_SCRIPTS, ids=relative)
+def test_sbatch_reads_all_directives(script):
+    """sbatch stops reading at the first command, and a misspelt option stops the submission."""
+    lines = script.read_text().splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert [line for line in lines[first_command:] if line.startswith("#SBATCH")] == []
+    options = [line.split()[1].split("=")[0] for line in lines[:first_command] if line.startswith("#SBATCH")]
+    known = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--time", "--output"}
+    assert {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--output"} <= set(options) <= known
+    assert len(options) == len(set(options))
+
+
+@pytest.fixture
+def prep_job(tmp_path) -> Callable[..., tuple[int, dict[str, str], list[str], list[str]]]:
+    """Run prep.slurm with stand-ins; returns (exit code, environment of the nodes, srun's words, the driver's)."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    make_command(commands, "scontrol", 'printf "node1\\nnode2\\n"')
+    make_command(commands, "srun", f'printf "%s\\n" "$@" >"{tmp_path}/srun"; env >"{tmp_path}/env"; exec sleep 60')
+    make_command(
+        commands,
+        "python",
+        f'printf "%s\\n" "$@" >"{tmp_path}/driver"; until [[ -s "{tmp_path}/env" ]]; do sleep 0.1; done; exit 5',
+    )
+    (tmp_path / "prep.yaml").write_text("out: o\n")
+
+    def run(**variables: str) -> tuple[int, dict[str, str], list[str], list[str]]:
+        slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "64"}
+        environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **slurm, **variables}
+        script = ROOT / "launch" / "prep.slurm"
+        start_s = time.monotonic()
+        ended = subprocess.run(
+            ["bash", script, "prep.yaml", "--out", "a b"], cwd=tmp_path, env=environment, check=False, timeout=60
+        )
+        assert time.monotonic() - start_s < 30, "srun is stopped when the driver has ended"
+        seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+        srun, driver = ((tmp_path / name).read_text().splitlines() for name in ("srun", "driver"))
+        (tmp_path / "env").unlink()
+        return ended.returncode, seen, srun, driver
+
+    return run
+
+
+def test_prep_job_starts_ray_on_each_node_and_passes_the_exit_code_on(prep_job):
+    code, environment, srun, driver = prep_job()
+    assert code == 5
+    assert srun[:4] == ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--kill-on-bad-exit=1"]
+    assert driver[-9:] == ["2", "sft", "prep", "--config", "prep.yaml", "--engine", "ray", "--out", "a b"]
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert re.fullmatch("[0-9a-f]{64}", environment["RAY_AUTH_TOKEN"])
+    assert (environment["HEAD"], environment["CPUS"]) == ("node1", "64")
+    assert "--cpus-per-task=8" in prep_job(SLURM_CPUS_PER_TASK="8")[2]
+
+
+def test_prep_jobs_of_one_user_share_nothing(prep_job):
+    one, other = prep_job()[1], prep_job(SLURM_JOB_ID="78")[1]
+    ports = {int(job["PORT"]) + offset for job in (one, other) for offset in range(3)}
+    assert len(ports) == 6
+    assert all(1024 < port < 32768 for port in ports), "below the ports that Linux hands out"
+    for name in ("RAY_TMPDIR", "RAY_AUTH_TOKEN"):
+        assert one[name] != other[name]
 
 
 # The real launcher, with a stand-in for sft.train
@@ -315,111 +363,3 @@ def test_every_kind_of_recipe_was_found():
     """Guards the parametrized tests against an empty folder."""
     assert {path.stem for path in RUN_RECIPES} >= {"llama3.1-8b_8x80gb", "llama2-13b_16x80gb", "demo_cpu"}
     assert PREP_RECIPES
-    assert {path.stem for path in STRATEGIES} == {"zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all"}
-
-
-# DeepSpeed files
-
-
-def keys_of(value: Any) -> set[str]:
-    return {*value, *(key for item in value.values() for key in keys_of(item))} if isinstance(value, dict) else set()
-
-
-def explained_keys() -> set[str]:
-    """Last parts of the names in the first column of the README's tables."""
-    first_cells = re.findall(r"^\| `([^`]+)` \|", (ROOT / "ds_configs" / "README.md").read_text(), re.MULTILINE)
-    return {part for cell in first_cells for part in cell.split(".")}
-
-
-@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
-def test_strategy_file(path):
-    text = path.read_text()
-    strategy = json.loads(text, object_pairs_hook=refuse_duplicates)
-    assert keys_of(strategy).isdisjoint(OWNED_BY_RUN_CONFIG)
-    assert '"auto"' not in text
-    assert strategy["data_types"]["grad_accum_dtype"] == "fp32"
-    assert strategy["communication_data_type"] == "fp32"
-    assert strategy["zero_optimization"]["overlap_comm"] is False
-    headings = {"zero_optimization"}
-    assert keys_of(strategy) - headings - explained_keys() == set()
-    assert f"`{path.name}`" in (ROOT / "ds_configs" / "README.md").read_text()
-
-
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    assert len({key for key, _ in pairs}) == len(pairs), pairs
-    return dict(pairs)
-
-
-def test_readme_explains_nothing_that_is_gone():
-    used = set().union(*(keys_of(json.loads(path.read_text())) for path in STRATEGIES))
-    assert {key for key in explained_keys() if not key.endswith("json")} - used - {"zero2", "zero3"} <= {
-        path.stem for path in STRATEGIES
-    }
-
-
-def test_readme_numbers_are_those_of_the_files():
-    """A value in the second column of the README is a value of that key in one of the files."""
-    rows = re.findall(r"^\| `([^`]+)` \| (`[^|]+`) \|", (ROOT / "ds_configs" / "README.md").read_text(), re.MULTILINE)
-    strategies = [json.loads(path.read_text()) for path in STRATEGIES]
-    checked = 0
-    for name, cell in rows:
-        values = [json.loads(value) for value in re.findall(r"`([^`]+)`", cell)]
-        found = [value for strategy in strategies for value in find(strategy, name.split("."))]
-        assert found, name
-        assert sorted(map(str, set(map(str, found)))) == sorted(map(str, values)), name
-        checked += 1
-    assert checked >= 15
-
-
-def find(value: Any, path: list[str]) -> Iterator[Any]:
-    """Values under the dotted path, wherever it begins."""
-    if not isinstance(value, dict):
-        return
-    if path[0] in value:
-        inner = value[path[0]]
-        if len(path) == 1:
-            yield inner
-        else:
-            yield from find(inner, path[1:])
-    for item in value.values():
-        yield from find(item, path)
-
-
-@pytest.fixture(scope="module")
-def parse_with_deepspeed() -> Callable[[dict[str, Any]], Any]:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    def parse(strategy: dict[str, Any]) -> Any:
-        return DeepSpeedConfig({**strategy, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
-
-    return parse
-
-
-@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
-def test_deepspeed_accepts_the_file(path, parse_with_deepspeed):
-    strategy = json.loads(path.read_text())
-    parsed = parse_with_deepspeed(strategy)
-    zero = parsed.zero_config
-    assert parsed.grad_accum_dtype == "fp32"
-    assert zero.overlap_comm is False
-    for key, value in strategy["zero_optimization"].items():
-        understood = getattr(zero, key.removeprefix("stage3_"))
-        if isinstance(value, dict):
-            assert {name: getattr(understood, name) for name in value} == value
-        else:
-            assert understood == value, key
-
-
-def test_deepspeed_refuses_a_misspelt_key(parse_with_deepspeed):
-    """The test above means something only if an unknown key is an error."""
-    strategy = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    strategy["zero_optimization"]["reduce_bucket_sise"] = 1
-    with pytest.raises(ValueError, match="reduce_bucket_sise"):
-        parse_with_deepspeed(strategy)
-
-
-def test_engine_owns_the_keys_that_the_files_may_not_hold():
-    from sft.engine import OWNED_KEYS
-
-    assert set(OWNED_KEYS) == OWNED_BY_RUN_CONFIG
