@@ -8,7 +8,8 @@ last token; where none do, add the longest that fits and look again (in the spir
 interchangeable, so both move them in groups: time grows with the number of distinct lengths, not of documents.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,46 +67,51 @@ def _exact_fill(by_length: NDArray[np.int32], counts: NDArray[np.int64], seq_len
 
 
 def _patterns(left: NDArray[np.int64], seq_len: int) -> Iterator[tuple[int, dict[int, int]]]:
-    """Uses up the histogram `left`, and yields (how many packs, {length: documents of it in each})."""
-    longest = len(left) - 1
-    while True:
-        while longest and not left[longest]:
-            longest -= 1
-        if not longest:
-            return
+    """Uses up the histogram `left`, and yields (how many packs, {length: documents of it in each}).
+
+    `lengths` are those of which documents are left, ascending.
+    """
+    lengths: list[int] = np.flatnonzero(left).tolist()
+
+    def use(length: int, count: int) -> None:
+        left[length] -= count
+        if not left[length]:
+            del lengths[bisect_left(lengths, length)]
+
+    while lengths:
         needs: dict[int, int] = {}
         room = seq_len
-        chosen: tuple[int, ...] = (longest,)
+        chosen: tuple[int, ...] = (lengths[-1],)
         while chosen:
             for length in chosen:
                 needs[length] = needs.get(length, 0) + 1
-                left[length] -= 1
+                use(length, 1)
                 room -= length
-            chosen = _next_lengths(left, min(room, longest), room) if room else ()
+            chosen = _next_lengths(left, lengths, room)
         more = min(int(left[length]) // need for length, need in needs.items())
-        for length, need in needs.items():
-            left[length] -= more * need
+        if more:
+            for length, need in needs.items():
+                use(length, more * need)
         yield 1 + more, needs
 
 
-def _next_lengths(left: NDArray[np.int64], longest: int, room: int) -> tuple[int, ...]:
+def _next_lengths(left: NDArray[np.int64], lengths: Sequence[int], room: int) -> tuple[int, ...]:
     """One length, or two, that fill `room` exactly; else the longest that fits; () where none does."""
-    if longest == room and left[room]:
+    fitting = bisect_right(lengths, room)
+    if not fitting:
+        return ()
+    longest = lengths[fitting - 1]
+    if longest == room:
         return (room,)
-    high = min(longest, room - 1)
-    low = max((room + 1) // 2, high - WINDOW + 1)
-    if low <= high:
-        fits = (left[low : high + 1] > 0) & (left[room - high : room - low + 1][::-1] > 0)
+    low = max((room + 1) // 2, longest - WINDOW + 1)
+    if low <= longest:
+        fits = (left[low : longest + 1] > 0) & (left[room - longest : room - low + 1][::-1] > 0)
         if 2 * low == room and left[low] < 2:
             fits[0] = False
         if fits.any():
-            larger = high - int(fits[::-1].argmax())
+            larger = longest - int(fits[::-1].argmax())
             return larger, room - larger
-    for end in range(longest + 1, 0, -WINDOW):
-        found = left[max(end - WINDOW, 0) : end][::-1] > 0
-        if found.any():
-            return (end - 1 - int(found.argmax()),)
-    return ()
+    return (longest,)
 
 
 def _best_fit_decreasing(
@@ -130,32 +136,32 @@ def _best_fit_decreasing(
 
 
 class _FreeSpace:
-    """Open bins by the room they have left; a bit set finds the smallest room that is large enough."""
+    """Open bins by the room they have left; a sorted list finds the smallest room that is large enough."""
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
         self.num_bins = 0
         self._bins: dict[int, list[NDArray[np.int32]]] = {}
-        self._rooms = 0
+        self._rooms: list[int] = []
 
     def take(self, length: int, num_docs: int) -> tuple[int, NDArray[np.int32]]:
         """(room, bins): the fullest bins that hold `length`, no more than `num_docs` documents need, or new ones."""
-        fitting = self._rooms >> length
-        if not fitting:
+        smallest = bisect_left(self._rooms, length)
+        if smallest == len(self._rooms):
             needed = -(-num_docs // (self.seq_len // length))
             self.num_bins += needed
             return self.seq_len, np.arange(self.num_bins - needed, self.num_bins, dtype=np.int32)
-        room = length + (fitting & -fitting).bit_length() - 1
+        room = self._rooms.pop(smallest)
         needed = -(-num_docs // (room // length))
         bins = np.concatenate(self._bins.pop(room))
-        self._rooms &= ~(1 << room)
         self.put(room, bins[needed:])
         return room, bins[:needed]
 
     def put(self, room: int, bins: NDArray[np.int32]) -> None:
         if room and len(bins):
+            if room not in self._bins:
+                insort(self._rooms, room)
             self._bins.setdefault(room, []).append(bins)
-            self._rooms |= 1 << room
 
 
 def _in_document_order(bin_of: NDArray[np.int32], num_bins: int) -> Packs:

@@ -1,6 +1,7 @@
 """What a review of data preparation found: each test fails without its mend."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from data_prep.at_once import encode_at_once
 from data_prep.encode import encode_examples, reference_document
+from data_prep.pack import pack
 from data_prep.probe import compare_encoders
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import WORDS, answer
@@ -110,3 +112,13 @@ def test_pieces_with_and_without_a_space_in_front_are_encoded_at_once(tmp_path: 
     assert proved.all()
     expected, _ = encode_examples(loaded, None, examples)
     assert np.array_equal(encoded.ids, expected.ids)
+
+
+def test_packing_very_long_packs_takes_no_time_per_possible_length() -> None:
+    """4,000 documents that fit nowhere together; looking through all shorter lengths for each takes 5 s and more."""
+    lengths = np.random.default_rng(0).integers(2**23 + 1, 2**24, 4000).astype(np.int32)
+    start_s = time.process_time()
+    packs = pack(lengths, 2**24)
+    spent_s = time.process_time() - start_s
+    assert len(packs) == 4000
+    assert spent_s < 3
