@@ -2,7 +2,8 @@
 
 `<out>.work/` holds the content key of the job, `tokens.bin` (the ids of all documents, int32, end to end) and one file
 per finished block with everything else. Blocks are written in order; a block counts once its file has its name, and
-the digest in it is that of its tokens. The folder is locked while a job works in it and removed when it is done.
+the digests in it are those of its tokens and of itself. The folder is locked while a job works in it and removed when
+it is done.
 """
 
 import errno
@@ -154,6 +155,8 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise  # those three: a network file system without locks; then the user sees to it
+        if not (folder / "lock").exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+            raise UserError(f"out {out}: another sft prep finished with it at this moment; run again")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
@@ -181,17 +184,21 @@ def _block_bytes(block: Block, num_tokens: int, digest: str) -> bytes:
         "digest": digest,
     }
     contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
-    return safetensors.numpy.save(contiguous, metadata={"block": json.dumps(rest)})
+    text = json.dumps(rest)
+    return safetensors.numpy.save(contiguous, metadata={"block": text, "digest": _digest(text, contiguous)})
 
 
 def _load_block(file: Path) -> tuple[Block, int, str] | None:
-    """(block, tokens, digest of its tokens), or None where the file is missing or not whole."""
+    """(block, tokens, digest of its tokens), or None where the file is missing or not as it was written."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            rest = json.loads(tensors.metadata()["block"])
+            text, digest = tensors.metadata()["block"], tensors.metadata()["digest"]
             arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return None
+    if _digest(text, arrays) != digest:
+        return None
+    rest = json.loads(text)
     block = Block(
         source_id=rest["source_id"],
         num_rows=rest["num_rows"],
@@ -205,3 +212,10 @@ def _load_block(file: Path) -> tuple[Block, int, str] | None:
         overlaps=tuple(Overlap(*overlap) for overlap in rest["overlaps"]),
     )
     return block, rest["num_tokens"], rest["digest"]
+
+
+def _digest(text: str, arrays: dict[str, NDArray[Any]]) -> str:
+    digest = xxhash.xxh3_64(text.encode())
+    for name in sorted(arrays):
+        digest.update(arrays[name].data)
+    return str(digest.hexdigest())
