@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from sft import config
+from sft.augment_options import AugmentConfig
 from sft.cli import COMMANDS, take_ranks
 from sft.errors import UserError
 from sft.settings import load
@@ -18,6 +19,7 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 OPTIONS = {
     "prep": config.PrepConfig,
     "prep verify": config.VerifyConfig,
+    "augment": AugmentConfig,
     "show": config.ShowConfig,
     "train": config.RunConfig,
     "export": config.ExportConfig,
