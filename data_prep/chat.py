@@ -6,10 +6,13 @@ inference would ask the model for that turn. What stands between that place and 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
@@ -36,6 +39,9 @@ PROBES = (
     (_QUESTION, Turn("assistant", "<think>\nDays of a week.\n</think>\n\nSeven.", "", True)),
 )
 """What each template is tried out on: an answer without and with a reasoning model's thought."""
+
+TRY_OUT_S = 20
+"""A template renders a conversation in less than a thousandth of this."""
 
 RENDER_ERRORS = (
     jinja2.TemplateError,
@@ -149,8 +155,8 @@ def load_chat_template(setting: str, tokenizer: Tokenizer) -> ChatTemplate:
     there is no strftime_now, lipsum or random.
 
     Raises:
-        UserError: there is no such template, it does not compile, it cannot render a question with its answer, it
-            writes no special token after the answer, or its prompt is not how its conversations go on.
+        UserError: there is no such template, it does not compile, it cannot render a question with its answer within
+            TRY_OUT_S, it writes no special token after the answer, or its prompt is not how its conversations go on.
     """
     text, where = _read(setting, tokenizer)
     special = {tokenizer.token(special_id) for special_id in tokenizer.special_ids}
@@ -166,8 +172,9 @@ def load_chat_template(setting: str, tokenizer: Tokenizer) -> ChatTemplate:
         bos="".join(map(tokenizer.token, tokenizer.bos)),
         stop="",
     )
-    template = replace(unstopped, stop=_stop_token(unstopped))
-    _check_prompt(template)
+    with _tried_out(where):
+        template = replace(unstopped, stop=_stop_token(unstopped))
+        _check_prompt(template)
     return template
 
 
@@ -179,7 +186,7 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
 def _read(setting: str, tokenizer: Tokenizer) -> tuple[str, str]:
     if setting != "chat":
         try:
-            return Path(setting).read_text(encoding="utf-8"), setting
+            return Path(setting).read_text(encoding="utf-8-sig"), setting
         except OSError as error:
             raise UserError(f"template {setting}: cannot be read: {error.strerror}; check the path") from None
         except UnicodeDecodeError as error:
@@ -237,6 +244,28 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+@contextmanager
+def _tried_out(where: str) -> Iterator[None]:
+    """Refuse a template that loops without end or fills the memory; signals reach the main thread only."""
+    told = f"chat template {where}: cannot render a question with its answer"
+
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise UserError(f"{told} within {TRY_OUT_S} s; take the endless loop out of it")
+
+    timed = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, stop) if timed else None
+    try:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, TRY_OUT_S)
+        yield
+    except MemoryError:
+        raise UserError(f"{told}: it fills the memory; make its texts smaller") from None
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def _stop_token(template: ChatTemplate) -> str:
     """The special token that the template writes after an answer."""
     answer = PROBES[0][-1].text
@@ -249,8 +278,13 @@ def _stop_token(template: ChatTemplate) -> str:
             "template to a .jinja file"
         ) from None
     _, found, after = full.rpartition(answer)
+    if not found:
+        raise UserError(
+            f"chat template {template.where}: renders the answer {json.dumps(answer)} as {json.dumps(full[-40:])}; it "
+            "must write each message's content as it is"
+        )
     stop = template.special.match(after.lstrip())
-    if not found or not stop:
+    if not stop:
         raise UserError(
             f"chat template {template.where}: writes {json.dumps(full[-40:])} at the end of a conversation, without a "
             "special token of the tokenizer right after the answer, so the model could not learn to stop; write "

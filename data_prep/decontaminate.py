@@ -202,7 +202,8 @@ class _Index:
 
     def __init__(self, ids: NDArray[np.int32], positions: NDArray[np.int64], length: int) -> None:
         self.ids, self.length = ids, length
-        self.powers = np.array([pow(BASE, k, 2**64) for k in range(length)], dtype=np.uint64)
+        num_powers = length if len(positions) else 0  # an n far beyond every text is as good as a large one
+        self.powers = np.array([pow(BASE, k, 2**64) for k in range(num_powers)], dtype=np.uint64)
         keys = _hashes(ids, self.powers)[positions] if len(positions) else np.empty(0, np.uint64)
         self.keys, first = np.unique(keys, return_index=True)
         self.positions = positions[first]

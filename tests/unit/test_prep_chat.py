@@ -384,7 +384,7 @@ def test_the_tokenizers_own_template(tmp_path: Path) -> None:
         (MISTRAL.replace("(loop.index0 % 2 == 0)", "false"), ["cannot render", "must alternate"]),
         ("{{ messages[0].content + 1 }}", ["cannot render"]),
         (CHATML.replace("<|im_end|>", "<end>"), ["without a special token", "<end>"]),
-        (CHATML.replace("message['content']", "'x'"), ["without a special token"]),
+        (CHATML.replace("message['content']", "'x'"), ['"Seven."', "each message's content"]),
         (MISTRAL.replace("message['content'] + eos_token", "message['content'] + '.' + eos_token"), ["Seven..</s>"]),
         (CHATML.replace("if add_generation_prompt", "if false"), ["add_generation_prompt"]),
         (CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"), ["add_generation_prompt"]),
