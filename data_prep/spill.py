@@ -217,5 +217,6 @@ def _load_block(file: Path) -> tuple[Block, int, str] | None:
 def _digest(text: str, arrays: dict[str, NDArray[Any]]) -> str:
     digest = xxhash.xxh3_64(text.encode())
     for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(arrays[name].data)
     return str(digest.hexdigest())

@@ -133,15 +133,13 @@ def test_packing_very_long_packs_takes_no_time_per_possible_length() -> None:
 
 
 def one_block() -> Block:
-    lengths = np.array([3, 4], dtype=np.int32)
+    lengths, runs = np.array([3, 4], dtype=np.int32), np.array([[1, 3], [2, 4]], dtype=np.int32)
     return Block(
         source_id=0,
         num_rows=2,
         rows=np.arange(2, dtype=np.int32),
         keys=np.arange(4, dtype=np.uint64).reshape(2, 2),
-        encoded=Encoded(
-            np.arange(7, dtype=np.int32), lengths, np.ones(2, np.int32), np.array([[1, 3], [2, 4]], np.int32)
-        ),
+        encoded=Encoded(np.arange(7, dtype=np.int32), lengths, np.ones(2, dtype=np.int32), runs),
         truncated=np.zeros(2, dtype=np.bool_),
         signatures=None,
         groups=(),
