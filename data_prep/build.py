@@ -30,6 +30,7 @@ from data_prep.formats import check_columns
 from data_prep.identity import (
     NOT_CONTENT,
     InputFile,
+    blocks_key,
     content_key,
     find_inputs,
     is_up_to_date,
@@ -103,7 +104,7 @@ def build(encoder: Encoder, inputs: Sequence[InputFile], key: str, out: Path, cl
     encoder, compared = prove_tokens(encoder, inputs)
     clock.lap("probe")
     fates = [SourceFate(source_name(config, number), source) for number, source in enumerate(config.sources)]
-    with nullcontext(None) if config.dry_run else work_folder(out, key) as spill:
+    with nullcontext(None) if config.dry_run else work_folder(out, blocks_key(key)) as spill:
         blocks = with_progress(encode_all(encoder, inputs, spill), sum(file.stamp[0] for file in inputs))
         corpus = gather(blocks, fates)
         clock.lap("encode")

@@ -5,17 +5,23 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from data_prep import near, template
+from data_prep import near, readers, template
 from data_prep.blocks import Encoder
+from data_prep.probe import HARD_TEXTS, PROBE_TEXTS
 from data_prep.readers import file_digest, source_files
 from data_prep.shards import MANIFEST, open_shards, read_manifest
+from data_prep.source_files import kind_of
 from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.tokenizer import Tokenizer
 
 CODE_VERSION = 4
 """Raised whenever the same input would give other bytes."""
+PACKAGES = ("sft-pipeline", "gigatoken", "tokenizers", "transformers", "sentencepiece", "jinja2", "rensa")
+"""What a block's bytes may depend on besides the content key."""
 NOT_CONTENT = {"sources", "tokenizer", "out", "workers", "engine", "dry_run", "decontaminate", "template"}
 
 
@@ -57,15 +63,16 @@ def find_inputs(config: PrepConfig) -> list[InputFile]:
 
 
 def content_key(config: PrepConfig, encoder: Encoder, inputs: Sequence[InputFile]) -> str:
-    """sha256 over input bytes, tokenizer, template, evaluation items, refusal list, settings and code version."""
+    """sha256 over input bytes, tokenizer (its files, and the ids it gives a few texts), template, evaluation items,
+    refusal list, settings and code version."""
     identity = {
         "code_version": CODE_VERSION,
         "sources": [
             [source_name(config, number), source.model_dump(mode="json", exclude={"name", "path"})]
             for number, source in enumerate(config.sources)
         ],
-        "inputs": [[file.source_id, file.digest] for file in inputs],
-        "tokenizer": encoder.tokenizer.digest,
+        "inputs": [[file.source_id, kind_of(file.path), file.digest] for file in inputs],
+        "tokenizer": [encoder.tokenizer.digest, *_behaviour(encoder.tokenizer)],
         "template": template_text(encoder),
         "decontaminate": encoder.items_digest,
         "signatures": near.algorithm() if encoder.signer else "",
@@ -76,6 +83,13 @@ def content_key(config: PrepConfig, encoder: Encoder, inputs: Sequence[InputFile
         ),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def blocks_key(key: str) -> str:
+    """What finished blocks of an earlier run must have been made with: how rows are cut into blocks changes no byte of
+    the output, but no block of another cut can be used; packages may have been replaced since the job was killed."""
+    made_with = [f"{name} {version(name)}" for name in PACKAGES]
+    return hashlib.sha256("\0".join([key, str(readers.BLOCK_BYTES), *made_with]).encode()).hexdigest()
 
 
 def template_text(encoder: Encoder) -> str | list[str]:
@@ -122,6 +136,12 @@ def is_up_to_date(out: Path, key: str, with_heldout: bool) -> bool:
     for split in splits:
         open_shards(out / split)
     return True
+
+
+def _behaviour(tokenizer: Tokenizer) -> list[object]:
+    """What the installed libraries make of the tokenizer's files: another version may read them otherwise."""
+    ids = tokenizer.encode_batch([*PROBE_TEXTS, *HARD_TEXTS])
+    return [tokenizer.bos, tokenizer.eos_id, tokenizer.unk_id, sorted(tokenizer.special_ids), ids]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.blocks import Block, Encoder, make_encoder
 from data_prep.fast import load_fast
-from data_prep.identity import CODE_VERSION, template_text
+from data_prep.identity import CODE_VERSION, PACKAGES, template_text
 from data_prep.readers import RawBlock
 from data_prep.workers import WorkerLost
 from sft.config import PrepConfig
@@ -28,8 +28,6 @@ from sft.tokenizer import load_tokenizer
 BLOCKS_PER_WORKER = 3
 """In flight: one being encoded, one waiting there, one on its way."""
 CONNECT_S = 10.0
-PACKAGES = ("sft-pipeline", "gigatoken", "tokenizers", "transformers", "sentencepiece", "jinja2", "rensa")
-"""What a block's bytes may depend on besides the options."""
 
 
 class _Worker:

@@ -5,23 +5,27 @@ import json
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data_prep import build, identity, readers
 from data_prep.at_once import encode_at_once
-from data_prep.blocks import Block
+from data_prep.blocks import Block, make_encoder
 from data_prep.documents import Encoded
 from data_prep.encode import encode_examples, reference_document
 from data_prep.pack import pack
 from data_prep.probe import compare_encoders
 from data_prep.spill import work_folder
-from sft.errors import UserError
+from sft.config import PrepConfig
+from sft.errors import UserError, run_command
 from sft.tokenizer import load_tokenizer
-from tests.prep_support import WORDS, answer
+from tests.prep_support import WORDS, alpaca_rows, answer, documents, flags, prepare, write_json, write_jsonl
+from tests.tiny import make_tokenizer
 
 ADDED = {
     "whole words": (
@@ -185,3 +189,54 @@ def test_a_lock_whose_file_was_removed_before_it_was_taken_protects_nothing(
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(UserError, match="another sft prep finished with it"), work_folder(tmp_path / "out", "key"):
         pass
+
+
+def content_key_of(tmp_path: Path, rows: Path, **changes: Any) -> str:
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "tokenizer"))
+    config = PrepConfig.model_validate({"sources": [str(rows)], "tokenizer": str(tokenizer.path), "out": "out"})
+    encoder = make_encoder(config, replace(tokenizer, **changes))
+    return identity.content_key(config, encoder, identity.find_inputs(config))
+
+
+def test_the_content_key_counts_what_libraries_make_of_the_tokenizers_files(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(3))
+    key = content_key_of(tmp_path, rows)
+    other = load_tokenizer(make_tokenizer(tmp_path / "other", merges=[("i", "s")]))
+    assert key == content_key_of(tmp_path, rows)
+    assert key != content_key_of(tmp_path, rows, backend=other.backend), "same files, other ids"
+    assert key != content_key_of(tmp_path, rows, bos=())
+    assert key != content_key_of(tmp_path, rows, special_ids=frozenset({1, 2}))
+
+
+def test_the_content_key_counts_how_a_file_is_read(tmp_path: Path) -> None:
+    """An array on one line is rows in .json, and one malformed row in .jsonl."""
+    array = write_json(tmp_path / "rows.json", alpaca_rows(3))
+    lines = tmp_path / "rows.jsonl"
+    lines.write_bytes(array.read_bytes())
+    assert content_key_of(tmp_path, array) != content_key_of(tmp_path, lines)
+
+
+def test_blocks_of_another_cut_or_of_other_packages_are_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocks of another size, the rows behind the finished ones would be taken from the wrong place."""
+    key = identity.blocks_key("key")
+    assert key == identity.blocks_key("key") != identity.blocks_key("other")
+    monkeypatch.setattr(identity, "version", lambda name: "0.0")
+    assert key != identity.blocks_key("key")
+    monkeypatch.undo()
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca_rows(60))
+    options: dict[str, Any] = {"sources": rows, "tokenizer": tokenizer}
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 2000)
+    expected = documents(prepare(tmp_path / "whole", **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_splits", broken)
+        assert run_command(build.main, flags(**options, seq_len=1024, workers=1, out=tmp_path / "out")) == 2
+    assert len(list((tmp_path / "out.work" / "blocks").iterdir())) > 5, "control: finished blocks are there"
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 3500)
+    assert documents(prepare(tmp_path / "out", **options)) == expected
+
+
+def broken(*_arguments: object, threads: int) -> None:
+    raise OSError("the disk is full")
