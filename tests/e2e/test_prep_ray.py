@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,7 +230,7 @@ def submit(tmp_path: Path, job: dict[str, object]) -> Iterator[Callable[..., sub
             "SLURM_JOB_ID": str(os.getpid()),
             "SLURM_JOB_NODELIST": "node[1-2]",
             "SLURM_CPUS_ON_NODE": "1",
-            "TMPDIR": "/tmp",  # sockets have short names
+            "TMPDIR": tempfile.gettempdir(),  # not pytest's: the names of sockets must be short
             **variables,
         }
         started.append(
@@ -266,7 +267,7 @@ def test_slurm_job_prepares_on_two_nodes_and_cleans_up(submit, job, tmp_path) ->
     assert local.returncode == 0
     assert content(tmp_path / "out") == content(tmp_path / "local")
     assert (tmp_path / f"sft-prep-{os.getpid()}-ray.log").read_text().count("Ray runtime started") == 2
-    assert not Path(f"/tmp/ray-{os.getpid()}").exists()
+    assert not Path(tempfile.gettempdir(), f"ray-{os.getpid()}").exists()
     assert left_behind(process.pid) == []
 
 
