@@ -50,6 +50,7 @@ from data_prep.report import (
     summary_tables,
 )
 from data_prep.shard_writer import Documents, Ids, write_json, write_shards
+from data_prep.source_files import check_apart
 from data_prep.spill import Spill, remove_leftover, without_ids, work_folder
 from sft.config import PrepConfig
 from sft.errors import UserError
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(os.path.realpath(config.out))
     for source in config.sources:
         check_columns(source)
+        check_apart(source.path, out)
     tokenizer = load_tokenizer(config.tokenizer)
     eos_of(tokenizer)
     encoder = make_encoder(config, tokenizer)

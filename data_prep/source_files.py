@@ -25,11 +25,12 @@ def source_files(path: str) -> list[Path]:
     """The files of a source, in the order in which their rows count.
 
     `path` is a file; a folder, of which all files of known kinds are meant, sorted, except those below a name that
-    begins with "." or "_"; a folder that `datasets` saved, with the data files in their own order; or a glob (** goes
-    into folders).
+    begins with "." or "_" (links to folders are followed); a folder that `datasets` saved, with the data files in
+    their own order; or a glob (** goes into folders).
 
     Raises:
-        UserError: nothing there, no file of a known kind, several splits, or a folder that cannot be read.
+        UserError: nothing there, no file of a known kind, a link to no file, several splits, or a folder that cannot
+            be read.
     """
     with file_errors(path):
         if os.path.isdir(path):
@@ -40,10 +41,22 @@ def source_files(path: str) -> list[Path]:
             if not is_file:
                 raise UserError(f"source {path}: is no regular file; write it to one first")
             return [Path(path)]
-        files = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if os.path.isfile(name)]
+        files = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
         if not files:
             raise UserError(f"source {path}: matches no file; check sources[].path")
         return _of_known_kinds(path, files)
+
+
+def check_apart(path: str, out: Path) -> None:
+    """Refuse an output (its real path) where the next run would take it for input.
+
+    Raises:
+        UserError: `out` lies in the source folder `path`, or below the ** of a glob.
+    """
+    folder = os.path.realpath(path.partition("**")[0] or ".") if "**" in path else os.path.realpath(path)
+    inside = os.path.isdir(folder) and out.is_relative_to(folder)
+    if inside and not any(part.startswith((".", "_")) for part in out.relative_to(folder).parts):
+        raise UserError(f"out {out}: lies in source {path}, which would read it next time; choose another folder")
 
 
 def kind_of(path: Path) -> Kind:
@@ -160,15 +173,17 @@ def _folder_files(folder: Path) -> list[Path]:
     return _of_known_kinds(folder, sorted(_walk(folder)))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Everything below a folder that is no folder; links to folders are followed, unless they lead back up."""
+    here = (*above, os.path.realpath(folder))
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith((".", "_")):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(Path(entry.path))
-            elif entry.is_file():
+            if not entry.is_dir():
                 yield Path(entry.path)
+            elif os.path.realpath(entry.path) not in here:
+                yield from _walk(Path(entry.path), here)
 
 
 def _of_known_kinds(source: str | Path, files: list[Path]) -> list[Path]:
@@ -176,6 +191,9 @@ def _of_known_kinds(source: str | Path, files: list[Path]) -> list[Path]:
     if not known:
         raise UserError(f"source {source}: no file in it is {_KINDS_TEXT}; check sources[].path")
     for path in known:
+        if not path.is_file():
+            problem = "is no regular file; move it away" if path.exists() else "is a link to no file; mend it"
+            raise UserError(f"source {source}: {path} {problem}")
         if _kind_or_none(path) == "arrow":
             raise UserError(f"source {source}: {path} belongs to a `datasets` folder; make that a source of its own")
     return known

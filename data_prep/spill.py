@@ -28,6 +28,7 @@ from data_prep.documents import Encoded
 from data_prep.workers import WorkerLost
 from sft.errors import UserError
 
+OWN_NAMES = {"lock", "key", "tokens.bin", "blocks", "new"}
 NO_IDS = np.empty(0, dtype=np.int32)
 
 
@@ -96,10 +97,11 @@ def work_folder(out: Path, key: str) -> Iterator[Spill]:
     """The locked work folder of the job `key` that writes `out`; removed when the body succeeds.
 
     Raises:
-        UserError: another process works on the same output.
+        UserError: another process works on the same output, or something else has the folder's name.
         OSError: the folder cannot be made or written.
     """
     folder = _work_path(out)
+    _check_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, out):
         recorded = folder / "key"
@@ -128,8 +130,10 @@ def remove_leftover(out: Path) -> None:
     """
     folder = _work_path(out)
     if folder.is_dir():
-        with suppress(UserError), _locked(folder, out):  # where another process holds it, that one removes it
-            shutil.rmtree(folder)
+        with suppress(UserError):  # not ours; or another process holds it, and that one removes it
+            _check_own(folder)
+            with _locked(folder, out):
+                shutil.rmtree(folder)
 
 
 def without_ids(block: Block) -> Block:
@@ -139,6 +143,14 @@ def without_ids(block: Block) -> Block:
 
 def _work_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.work")
+
+
+def _check_own(folder: Path) -> None:
+    """Refuse to work in, and in the end to remove, what sft prep has not made. Of a removal that was cut short any
+    part may be left."""
+    names = os.listdir(folder) if folder.is_dir() else [folder.name] if os.path.lexists(folder) else []
+    if names and OWN_NAMES.isdisjoint(names):
+        raise UserError(f"out: {folder} is needed for work and is no work folder of sft prep; move it away")
 
 
 @contextmanager

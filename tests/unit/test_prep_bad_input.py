@@ -1,16 +1,19 @@
 """What users and their files get wrong, each found by running `sft prep` on it."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
-from data_prep import chat
+from data_prep import build, chat
 from data_prep.chat import load_chat_template
 from data_prep.decontaminate import Decontaminator, Item
 from data_prep.example import Turn
+from data_prep.source_files import source_files
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_tokenizer
+from tests.prep_support import alpaca_rows, flags, prepare, refused, write_json
 from tests.tiny import make_tokenizer
 
 TEMPLATE = (
@@ -72,3 +75,67 @@ def test_more_words_than_any_item_has() -> None:
     assert hit is not None
     assert hit.overlap_text == "one two three four five six"
     assert known.find("zero one two three four five seven") is None
+
+
+# Folders and links
+
+
+@pytest.mark.parametrize("make", ["folder", "file"])
+def test_a_work_folder_that_is_not_ours_is_left_alone(
+    tmp_path: Path, tokenizer: Tokenizer, make: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"sources": write_json(tmp_path / "a.json", alpaca_rows(3)), "tokenizer": tokenizer.path}
+    work = tmp_path / "out.work"
+    kept = work / "thesis.txt" if make == "folder" else work
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("years of work")
+    line = refused(capsys, build.main, flags(**options, workers=1, out=tmp_path / "out"))
+    assert f"{work} is needed for work" in line
+    kept.rename(tmp_path / "aside")
+    prepare(tmp_path / "out", **options)
+    assert not work.exists() or make == "file"
+    work.mkdir(exist_ok=True)
+    (tmp_path / "aside").rename(work / "thesis.txt")
+    prepare(tmp_path / "out", **options)
+    assert (work / "thesis.txt").read_text() == "years of work", "an output that is up to date"
+
+
+def test_an_output_within_its_own_input(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    write_json(source / "a.json", alpaca_rows(3))
+    for path in (source, f"{source}/**/*.json"):
+        argv = flags(sources=path, tokenizer=tokenizer.path, workers=1, out=source / "out")
+        assert "lies in source" in refused(capsys, build.main, argv)
+    prepare(source / "_out", sources=source, tokenizer=tokenizer.path)
+    prepare(source / "out", sources=f"{source}/*.json", tokenizer=tokenizer.path)
+
+
+def test_links_in_a_source_folder(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (source, elsewhere):
+        folder.mkdir()
+    write_json(source / "a.json", alpaca_rows(1))
+    write_json(elsewhere / "b.json", alpaca_rows(1))
+    (source / "more").symlink_to(elsewhere)
+    (source / "loop").symlink_to(source)
+    (elsewhere / "back").symlink_to(tmp_path)
+    (source / "notes.txt").symlink_to(tmp_path / "nowhere")
+    found = [str(path.relative_to(source)) for path in source_files(str(source))]
+    assert found == ["a.json", "more/b.json"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.json"])
+def test_a_link_to_no_file_is_not_passed_over(tmp_path: Path, pattern: str) -> None:
+    source = tmp_path / "data"
+    source.mkdir()
+    write_json(source / "a.json", alpaca_rows(1))
+    (source / "b.json").symlink_to(tmp_path / "moved.json")
+    with pytest.raises(UserError, match=r"b\.json is a link to no file"):
+        source_files(f"{source}{pattern}")
+    (source / "b.json").unlink()
+    os.mkfifo(source / "b.json")
+    with pytest.raises(UserError, match=r"b\.json is no regular file"):
+        source_files(f"{source}{pattern}")
