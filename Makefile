@@ -7,7 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.set-up
-SCRIPTS := launch/single_node.sh launch/multi_node.sh launch/slurm.sbatch .ci/run
+SCRIPTS := launch/single_node.sh launch/multi_node.sh launch/slurm.sbatch launch/prep.slurm .ci/run
 
 demo: $(SETUP)
 	$(BIN)/sft demo
@@ -37,5 +37,5 @@ $(SETUP): constraints.txt pyproject.toml
 	source $(BIN)/activate
 	export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 	pip install torch==2.13.0
-	pip install -e '.[dev]' -c constraints.txt
+	pip install -e '.[dev,ray]' -c constraints.txt
 	touch $(SETUP)
