@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import safetensors.numpy
@@ -29,6 +30,8 @@ from data_prep.workers import WorkerLost
 from sft.errors import UserError
 
 OWN_NAMES = {"lock", "key", "tokens.bin", "blocks", "new"}
+WAIT_S = 3.0
+"""For a lock: workers notice that their job was killed when they have finished a block."""
 NO_IDS = np.empty(0, dtype=np.int32)
 
 
@@ -157,7 +160,7 @@ def _check_own(folder: Path) -> None:
 def _locked(folder: Path, out: Path) -> Iterator[None]:
     with open(folder / "lock", "a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(lock)
         except BlockingIOError:
             lock.seek(0)
             owner = lock.read().strip() or "unknown"
@@ -173,6 +176,23 @@ def _locked(folder: Path, out: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {os.uname().nodename}")
         lock.flush()
         yield
+
+
+def _take(lock: TextIO) -> None:
+    """Lock a file. The workers of a job that was killed hold its lock until they have ended too, so wait for them.
+
+    Raises:
+        BlockingIOError: another process still holds it.
+        OSError: the file system cannot lock.
+    """
+    give_up_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= give_up_s:
+                raise
+            time.sleep(0.05)
 
 
 def _block_bytes(block: Block, num_tokens: int, digest: str) -> bytes:

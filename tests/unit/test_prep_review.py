@@ -3,6 +3,8 @@
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -240,3 +242,16 @@ def test_blocks_of_another_cut_or_of_other_packages_are_not_used_again(
 
 def broken(*_arguments: object, threads: int) -> None:
     raise OSError("the disk is full")
+
+
+def test_a_lock_that_workers_of_a_killed_job_hold_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """They inherit it by fork, and end when they next look for their job: a job run again at once must not fail."""
+    (tmp_path / "out.work").mkdir()
+    worker = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True)"
+    command = [sys.executable, "-c", f"{worker}; time.sleep(0.7)", str(tmp_path / "out.work" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as held:
+        assert held.stdout is not None
+        held.stdout.readline()
+        start_s = time.monotonic()
+        with work_folder(tmp_path / "out", "key"):
+            assert time.monotonic() - start_s > 0.3, "control: it was held"
