@@ -40,8 +40,8 @@ class Corpus:
     """[sum of num_runs, 2]."""
     truncated: NDArray[np.bool_]
     signatures: NDArray[np.uint32] | None
-    groups: dict[int, NDArray[np.str_]]
-    """By source: the balance_by value of each of its documents."""
+    groups: dict[int, NDArray[np.int32]]
+    """By source: a number for the balance_by value of each of its documents."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,10 +77,13 @@ def gather(blocks: Iterable[Block], fates: Sequence[SourceFate]) -> Corpus:
     if not kept:
         raise nothing_left(fates)
     signatures = [block.signatures for block in kept if block.signatures is not None]
-    groups: dict[int, list[str]] = {}
+    values: dict[int, dict[str, int]] = {}
+    groups: dict[int, list[int]] = {}
     for block in kept:
         if block.groups:
-            groups.setdefault(block.source_id, []).extend(block.groups)
+            known = values.setdefault(block.source_id, {})
+            numbers = [known.setdefault(value, len(known)) for value in block.groups]
+            groups.setdefault(block.source_id, []).extend(numbers)
     return Corpus(
         source_ids=np.repeat(
             np.array([block.source_id for block in kept], dtype=np.int16), [len(block.rows) for block in kept]
@@ -92,7 +95,7 @@ def gather(blocks: Iterable[Block], fates: Sequence[SourceFate]) -> Corpus:
         runs=np.concatenate([block.encoded.runs for block in kept]),
         truncated=np.concatenate([block.truncated for block in kept]),
         signatures=np.concatenate(signatures) if signatures else None,
-        groups={source: np.array(values) for source, values in groups.items()},
+        groups={source: np.array(numbers, dtype=np.int32) for source, numbers in groups.items()},
     )
 
 

@@ -65,7 +65,7 @@ def choose_heldout(keys: NDArray[np.uint64], heldout: float, seed: int) -> NDArr
     return chosen
 
 
-def balanced(values: NDArray[np.str_], keys: NDArray[np.uint64], seed: int) -> NDArray[np.bool_]:
+def balanced(values: NDArray[np.generic], keys: NDArray[np.uint64], seed: int) -> NDArray[np.bool_]:
     """Which of n rows stay [n] so that every value is as frequent as the rarest: those with the smallest hashes."""
     if not len(values):
         return np.zeros(0, dtype=np.bool_)

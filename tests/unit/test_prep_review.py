@@ -18,12 +18,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from data_prep import build, identity, readers
 from data_prep.at_once import encode_at_once
 from data_prep.blocks import Block, make_encoder
+from data_prep.corpus import gather
 from data_prep.documents import Encoded
 from data_prep.encode import encode_examples, reference_document
 from data_prep.pack import pack
 from data_prep.probe import compare_encoders
+from data_prep.report import SourceFate
 from data_prep.spill import work_folder
-from sft.config import PrepConfig
+from sft.config import PrepConfig, Source
 from sft.errors import UserError, run_command
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import WORDS, alpaca_rows, answer, documents, flags, prepare, write_json, write_jsonl
@@ -255,3 +257,12 @@ def test_a_lock_that_workers_of_a_killed_job_hold_for_a_moment_is_waited_for(tmp
         start_s = time.monotonic()
         with work_folder(tmp_path / "out", "key"):
             assert time.monotonic() - start_s > 0.3, "control: it was held"
+
+
+def test_one_long_value_of_balance_by_does_not_make_all_of_them_long() -> None:
+    """An array of texts is as wide as its longest: 2,000 rows with one of 100,000 characters would take 800 MB."""
+    block = replace(one_block(), groups=("x" * 100_000, "y"))
+    fates = [SourceFate("a", Source(path="a.json", balance_by="kind"))]
+    corpus = gather([block] * 1000, fates)
+    assert corpus.groups[0].nbytes < 100_000
+    assert len(np.unique(corpus.groups[0])) == 2
