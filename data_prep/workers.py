@@ -15,7 +15,7 @@ from sft.errors import UserError
 
 
 class WorkerLost(UserError):
-    """A worker process was killed; what was finished before can be used again."""
+    """A worker process was killed or could not be started; what was finished before can be used again."""
 
 
 def encode_blocks(raw_blocks: Iterable[RawBlock], encoder: Encoder, workers: int) -> Iterator[Block]:
@@ -70,15 +70,23 @@ def _started_workers(encoder: Encoder, workers: int) -> Iterator[dict[Connection
     processes: dict[Connection, BaseProcess] = {}
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes[ours] = context.Process(target=_work, args=(encoder, theirs, [*processes, ours]), daemon=True)
-            processes[ours].start()
+            try:
+                ours, theirs = context.Pipe()
+                processes[ours] = context.Process(target=_work, args=(encoder, theirs, [*processes, ours]), daemon=True)
+                processes[ours].start()
+            except OSError as error:
+                started = sum(process.pid is not None for process in processes.values())
+                raise WorkerLost(
+                    f"workers {workers}: only {started} could be started: {error.strerror}; lower workers, or raise "
+                    "the limits of this shell (ulimit)"
+                ) from None
             theirs.close()
         yield processes
     finally:
         for connection, process in processes.items():
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
             connection.close()
 
 

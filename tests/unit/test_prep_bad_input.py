@@ -1,6 +1,9 @@
 """What users and their files get wrong, each found by running `sft prep` on it."""
 
+import multiprocessing
 import os
+import re
+import resource
 import signal
 from pathlib import Path
 
@@ -75,6 +78,22 @@ def test_more_words_than_any_item_has() -> None:
     assert hit is not None
     assert hit.overlap_text == "one two three four five six"
     assert known.find("zero one two three four five seven") is None
+
+
+def test_more_workers_than_the_system_allows(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(sources=write_json(tmp_path / "a.json", alpaca_rows(3)), tokenizer=tokenizer.path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = len(os.listdir("/dev/fd")) + 30
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(room, before[1]), before[1]))
+    try:
+        line = refused(capsys, build.main, [*argv, *flags(workers=200, out=tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert re.search(r"workers 200: only \d+ could be started: Too many open files; lower workers", line)
+    assert multiprocessing.active_children() == []
+    prepare(tmp_path / "out", sources=tmp_path / "a.json", tokenizer=tokenizer.path, workers=2)
 
 
 # Folders and links
