@@ -50,6 +50,8 @@ class FastTokens:
 
 def load_fast(tokenizer: Tokenizer) -> FastTokens | None:
     """gigatoken's form of `tokenizer`, or None where it has none for this kind."""
+    # gigatoken imports it when it first returns ids, and takes a Ctrl-C at that moment for its absence.
+    import awkward  # noqa: F401
     import gigatoken
 
     try:

@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from data_prep.source_files import source_files
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_tokenizer
 from tests.prep_support import alpaca_rows, flags, prepare, refused, write_json
-from tests.tiny import make_tokenizer
+from tests.tiny import make_tokenizer, run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: "
@@ -158,3 +159,20 @@ def test_a_link_to_no_file_is_not_passed_over(tmp_path: Path, pattern: str) -> N
     os.mkfifo(source / "b.json")
     with pytest.raises(UserError, match=r"b\.json is no regular file"):
         source_files(f"{source}{pattern}")
+
+
+def test_an_interrupt_while_gigatoken_is_loaded(tokenizer: Tokenizer) -> None:
+    """It imports awkward when it first returns ids, and takes an interrupt at that moment for its absence."""
+    interrupted = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'awkward':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from data_prep.fast import load_fast\n"
+        "from sft.tokenizer import load_tokenizer\n"
+        "load_fast(load_tokenizer(sys.argv[1])).encode(['a'])\n"
+    )
+    ended = run([sys.executable, "-c", interrupted, str(tokenizer.path)])
+    assert ended.stderr.splitlines()[-1] == "KeyboardInterrupt"
