@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from data_prep import ray_engine, workers
-from data_prep.blocks import Block, Encoder, make_encoder, parse_examples
+from data_prep.blocks import SEPARATOR, Block, Encoder, make_encoder, parse_examples
 from data_prep.corpus import Clusters, Corpus, choose, describe_clusters, gather, targets_of
 from data_prep.documents import eos_of
 from data_prep.formats import check_columns
@@ -131,12 +131,15 @@ def prove_tokens(encoder: Encoder, inputs: Sequence[InputFile]) -> tuple[Encoder
     source. Tells on stderr what a user would not expect."""
     firsts = {file.source_id: file for file in reversed(inputs)}
     texts: list[str] = []
+    plain: list[str] = []  # sentencepiece takes the names of special tokens, which chats hold, for text
     for source_id, file in sorted(firsts.items()):
         for raw in islice(read_blocks(source_id, file.path), 1):
             rows, _, _ = parse_examples(encoder, raw, limit=REFERENCE_TEXTS)
             texts += [text for row in rows for text in row.example.texts]
+            for row in rows:
+                plain += row.example.texts if row.example.stop else row.content.split(SEPARATOR)
     fast, record = compare_encoders(encoder.tokenizer, texts)
-    conversion = compare_conversion(encoder.tokenizer, texts)
+    conversion = compare_conversion(encoder.tokenizer, plain)
     if fast is None:
         why = f"differs on {record['texts'] - record['equal']} of {record['texts']} texts"
         sys.stderr.write(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep import build
 from data_prep.fast import FastTokens, count_equal, load_fast
 from data_prep.probe import HARD_TEXTS, PROBE_TEXTS, compare_conversion, compare_encoders, probe_ids
 from data_prep.specials import encode_with_specials
@@ -172,3 +173,26 @@ def test_a_chat_template_does_not_change_which_encoder_is_used(pieces: Tokenizer
     assert told["equal"] == told["texts"] == FIXED + len(texts)
     as_text = pieces.sentencepiece.encode("<s>request</s>")
     assert as_text != encode_with_specials(pieces, "<s>request</s>")
+
+
+def test_names_of_special_tokens_in_chats_are_no_difference(tmp_path: Path) -> None:
+    """sentencepiece takes `</s>` for text, so what is compared of a chat is the turns' own text."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    turns = [{"role": "user", "content": "write the task"}, {"role": "assistant", "content": "the response"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
+    folder = sentencepiece_tokenizer(tmp_path / "pieces")
+    config = tmp_path / "prep.yaml"
+    config.write_text(
+        f"sources: [{{path: {tmp_path / 'rows.jsonl'}, format: messages}}]\ntokenizer: {folder}\n"
+        f"template: {template}\nseq_len: 512\nworkers: 1\nout: {tmp_path / 'out'}\n"
+    )
+    build.main(["--config", str(config)])
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["tokenizer"]["conversion"]
+    assert (told["texts"], told["equal"]) == (2, 2)
+    rendered = compare_conversion(load_tokenizer(folder), ["user:\nwrite the task</s>assistant:\nthe response</s>"])
+    assert rendered is not None
+    assert rendered["equal"] == 0, "control: the rendered text would be called different"
