@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         run = train.Run(config, inputs, numerics, engine, out, recorder, 0.0)
         for step in range(2):
             train.train_step(run, step)
-    checkpoint.save(engine, out / "checkpoints", 2, {}, None)
+    checkpoint.save(engine, out / "checkpoints", 2, {"stop_id": 2, "chat_template": None}, None)
     shards = open_shards(config.data.train)
     rows = step_rows(0, 0, len(shards), 1)
     engine.eval()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.template import alpaca_prompt
-from sft.checkpoint import newest_complete
+from sft.checkpoint import newest_complete, read_meta
 from sft.errors import UserError
 from sft.export import main as export_main
 from sft.hf_folder import export_checkpoint
@@ -60,6 +60,21 @@ def test_the_folder_is_complete_and_nothing_else(trained, tmp_path):
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
     assert ("lm_head.weight" in names) != tied
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_chat_template_and_its_stop_token_come_along(trained, tmp_path):
+    base, run = trained
+    checkpoint = tmp_path / "step-00000002"
+    shutil.copytree(newest_complete(run / "checkpoints"), checkpoint)
+    meta = read_meta(checkpoint)
+    meta["identity"] |= {"stop_id": 7, "chat_template": "{{ messages }}"}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    complete = json.loads((checkpoint / "COMPLETE").read_text())
+    complete["bytes"]["meta.json"] = (checkpoint / "meta.json").stat().st_size
+    (checkpoint / "COMPLETE").write_text(json.dumps(complete))
+    export_checkpoint(checkpoint, base, tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [7, 2]
 
 
 def test_bf16_export_is_the_rounded_master(trained, tmp_path):
