@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
 from data_prep import ray_engine, workers
 from data_prep.blocks import SEPARATOR, Block, Encoder, make_encoder, parse_examples
+from data_prep.console import Output
 from data_prep.corpus import Clusters, Corpus, choose, describe_clusters, gather, targets_of
 from data_prep.documents import eos_of
 from data_prep.formats import check_columns
@@ -87,12 +87,27 @@ def main(argv: Sequence[str]) -> None:
         return
     with sigterm_unwinds(), out_errors(out):
         report = build(encoder, inputs, key, out, clock)
-    for table in summary_tables(report):
-        Console().print(table)
-    for line in summary_lines(report, config.dry_run):
-        print(line)
+    tell(config, report, key)
+
+
+def tell(config: PrepConfig, report: dict[str, Any], key: str) -> None:
+    """Print what was done.
+
+    Raises:
+        UserError: standard output cannot be written, as on a full disk; the shards are not concerned.
+    """
     done = "dry run: nothing written" if config.dry_run else f"wrote {config.out}"
-    print(f"{done} in {report['timings_s']['total']:.1f} s; content key {key}")
+    try:
+        for table in summary_tables(report):
+            Output().print(table)
+        for line in summary_lines(report, config.dry_run):
+            print(line)
+        print(f"{done} in {report['timings_s']['total']:.1f} s; content key {key}", flush=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: cannot be written: {error.strerror}; the job itself {done}") from None
 
 
 def build(encoder: Encoder, inputs: Sequence[InputFile], key: str, out: Path, clock: "Clock") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -36,5 +37,6 @@ def with_progress(blocks: Iterator[tuple[int, Block]], total_bytes: int) -> Iter
             if not console.is_terminal and now_s - told_s > PLAIN_EVERY_S:
                 told_s = now_s
                 left_s = spent_s * (total_bytes / max(done_bytes, 1) - 1)
-                sys.stderr.write(f"encoded {rates} · {done_bytes / total_bytes:.0%} · {left_s:.0f} s left\n")
+                with suppress(OSError):  # nobody reads it any more; the job goes on
+                    sys.stderr.write(f"encoded {rates} · {done_bytes / total_bytes:.0%} · {left_s:.0f} s left\n")
             yield block

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.text import Text
 
+from data_prep.console import Output
 from data_prep.page import write_page
 from data_prep.report import escape_unprintable
 from data_prep.shards import IGNORE, MANIFEST, Pack, Shards, open_shards
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """
     config = load(ShowConfig, argv, prog="sft show", positional="shards")
     escape_unprintable(sys.stdout)
-    console = Console()
+    console = Output()
     if config.doc is None:
         shards = open_shards(_splits(Path(config.shards))[0])
         chosen = choose_packs(shards, config.start, config.rows)

@@ -30,6 +30,7 @@ from data_prep.accounts import (
     check_totals,
     contract_of,
 )
+from data_prep.console import Output
 from data_prep.contracts import Contract, Counted, Problem, arrow_type, check_batch
 from data_prep.report import escape_unprintable
 from data_prep.shards import COLUMNS, MANIFEST, read_manifest
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     escape_unprintable(sys.stdout)
     folder = Path(config.shards)
     findings, tallies = verify(folder, config.tokenizer)
-    Console().print(_table(findings, tallies))
+    Output().print(_table(findings, tallies))
     for check, reason in findings.unchecked.items():
         print(f"not checked: {check}: {reason}")
     if findings.problems:

@@ -26,6 +26,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     """Run `main(argv)` and turn the two expected endings into exit codes, without a traceback."""
     try:
         main(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)  # a reader that left shows here at the latest, not when Python has ended
     except UserError as error:
         _say(f"error: {error}")
         return EXIT_BAD_INPUT

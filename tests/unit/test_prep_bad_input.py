@@ -1,16 +1,19 @@
 """What users and their files get wrong, each found by running `sft prep` on it."""
 
+import io
 import multiprocessing
 import os
 import re
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_prep import build, chat
+from data_prep import build, chat, progress
 from data_prep.chat import load_chat_template
 from data_prep.decontaminate import Decontaminator, Item
 from data_prep.example import Turn
@@ -18,7 +21,7 @@ from data_prep.source_files import source_files
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_tokenizer
 from tests.prep_support import alpaca_rows, flags, prepare, refused, write_json
-from tests.tiny import make_tokenizer, run
+from tests.tiny import REPO, make_tokenizer, rank_environment, run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: "
@@ -176,3 +179,45 @@ def test_an_interrupt_while_gigatoken_is_loaded(tokenizer: Tokenizer) -> None:
     )
     ended = run([sys.executable, "-c", interrupted, str(tokenizer.path)])
     assert ended.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+# Output that nobody takes
+
+
+def started_job(tmp_path: Path, tokenizer: Tokenizer, **streams: Any) -> subprocess.Popen[bytes]:
+    source = write_json(tmp_path / "a.json", alpaca_rows(3))
+    options = flags(sources=source, tokenizer=tokenizer.path, workers=1, out=tmp_path / "out")
+    environment = rank_environment()
+    return subprocess.Popen([sys.executable, "-m", "data_prep", *options], env=environment, cwd=REPO, **streams)
+
+
+def test_a_reader_that_leaves_is_no_failure(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for told in ("first", "up to date"):
+        job = started_job(tmp_path, tokenizer, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert job.stdout is not None
+        job.stdout.close()
+        assert (job.stderr.read(), job.wait(60)) == (b"", 0), told  # type: ignore[union-attr]
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_standard_output_is_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with open("/dev/full", "wb") as full:
+        job = started_job(tmp_path, tokenizer, stdout=full, stderr=subprocess.PIPE)
+        told = job.stderr.read().decode()  # type: ignore[union-attr]
+    assert job.wait(60) == 2
+    assert told == (
+        f"error: standard output: cannot be written: No space left on device; the job itself wrote {tmp_path / 'out'}\n"
+    )
+
+
+def test_progress_that_nobody_reads_does_not_end_the_job(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", Gone())
+    prepare(tmp_path / "out", sources=write_json(tmp_path / "a.json", alpaca_rows(3)), tokenizer=tokenizer.path)
