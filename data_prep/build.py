@@ -38,7 +38,7 @@ from data_prep.identity import (
     template_text,
 )
 from data_prep.pack import Packs, pack
-from data_prep.probe import compare_conversion, compare_encoders, probe_ids
+from data_prep.probe import check_vocabulary, compare_conversion, compare_encoders, probe_ids
 from data_prep.progress import with_progress
 from data_prep.readers import RawBlock, read_blocks
 from data_prep.report import (
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
         check_apart(source.path, out)
     tokenizer = load_tokenizer(config.tokenizer)
     eos_of(tokenizer)
+    check_vocabulary(tokenizer)
     encoder = make_encoder(config, tokenizer)
     clock.lap("load")
     inputs = find_inputs(config)

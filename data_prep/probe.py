@@ -1,5 +1,6 @@
 """What a tokenizer does to a few texts: recorded in the manifest, and compared between libraries in every build."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -7,6 +8,7 @@ from typing import Any
 
 from data_prep.fast import FastTokens, count_equal, load_fast
 from data_prep.specials import encode_with_specials
+from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_sentencepiece
 
 PROBE_TEXTS = (
@@ -40,6 +42,31 @@ def probe_ids(tokenizer: Tokenizer) -> list[dict[str, object]]:
     return [
         {"text": text, "ids": ids} for text, ids in zip(PROBE_TEXTS, tokenizer.encode_batch(PROBE_TEXTS), strict=True)
     ]
+
+
+def check_vocabulary(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer with ids for which the model beside it has no embedding: training would refuse its shards.
+
+    Raises:
+        UserError: an id is not below vocab_size of the folder's config.json, where there is one.
+    """
+    file = tokenizer.path / "config.json"
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError:
+        raise UserError(f"tokenizer {file}: not valid JSON; copy it from the model again") from None
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
+    if isinstance(rows, int) and tokenizer.vocab_size > rows:
+        token = tokenizer.token(tokenizer.vocab_size - 1)
+        raise UserError(
+            f"tokenizer {tokenizer.path}: ids reach {tokenizer.vocab_size - 1} ({json.dumps(token)}), but config.json "
+            f"gives the model {rows} embedding rows (vocab_size); use the model's own tokenizer, and a token that it "
+            "has as eos_token"
+        )
 
 
 def compare_encoders(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[FastTokens | None, dict[str, Any]]:

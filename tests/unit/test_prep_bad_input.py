@@ -1,6 +1,7 @@
 """What users and their files get wrong, each found by running `sft prep` on it."""
 
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -70,6 +71,27 @@ def test_a_template_that_fills_the_memory(tmp_path: Path, tokenizer: Tokenizer) 
 def test_a_template_that_changes_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=r'renders the answer "Seven." as .*SEVEN.*must write each message'):
         load_chat_template(template_file(tmp_path, TEMPLATE.replace("m.content", "m.content|upper")), tokenizer)
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_ids_for_which_the_model_has_no_embedding(
+    tmp_path: Path, nested: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers adds an eos_token that the vocabulary lacks, behind the last row of the embedding."""
+    folder = make_tokenizer(tmp_path / "model")
+    sizes = {"vocab_size": 259}
+    write_json(folder / "config.json", {"model_type": "llama", **({"text_config": sizes} if nested else sizes)})
+    options = {"sources": write_json(tmp_path / "a.json", alpaca_rows(3)), "tokenizer": folder, "workers": 1}
+    prepare(tmp_path / "fits", **options)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**settings, "eos_token": "<|end|>"})
+    line = refused(capsys, build.main, flags(**options, out=tmp_path / "out"))
+    assert 'ids reach 259 ("<|end|>"), but config.json gives the model 259 embedding rows' in line
+    (folder / "config.json").unlink()
+    prepare(tmp_path / "out", **options)
 
 
 # Options
