@@ -4,8 +4,9 @@ All comparisons run over flat arrays: the bytes of all ids against those of all 
 against the first ids of its text. They are sufficient for what `encode.reference_document` proves, not necessary.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,17 +69,18 @@ def encode_at_once(
 ) -> tuple[Encoded, NDArray[np.bool_]]:
     """(documents, which of them are proved [examples]); what stands for the others is not to be used."""
     flat = _flatten(examples)
+    stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
     ids, offsets = fast.encode(flat.texts)
+    flat, spellings = _with_inner_gaps(flat, np.flatnonzero(~stop), tokenizer, fast)
     spelled, ends = fast.spell(ids)
     right_size = np.diff(ends[offsets]) == flat.num_bytes + len(fast.gap)
     good = right_size & (offsets[1:] > offsets[:-1])
-    expected = np.frombuffer(fast.gap.join(["", *flat.texts]).encode(), dtype=np.uint8)
+    expected = np.frombuffer(fast.gap.join(["", *spellings]).encode(), dtype=np.uint8)
     if not right_size.all() or not np.array_equal(expected, spelled):
         good &= _spelled_right(expected, spelled, np.cumsum(flat.num_bytes + len(fast.gap)), ends[offsets])
     special = np.zeros(max(tokenizer.vocab_size, int(ids.max(initial=0)) + 1), dtype=np.bool_)
     special[list(tokenizer.special_ids)] = True
     is_special = special[ids]
-    stop = np.array([example.stop for example in examples], dtype=np.bool_)[flat.doc_of]
     before = _counted_before(is_special)
     num_special = np.diff(before[offsets])
     good &= ~stop | (num_special == 0)
@@ -97,6 +99,42 @@ def encode_at_once(
     proved = np.ones(len(examples), dtype=np.bool_)
     np.logical_and.at(proved, flat.doc_of, good)
     return _assemble(tokenizer, flat, ids, offsets, stop, run_starts, run_ends, len(examples)), proved
+
+
+def _with_inner_gaps(
+    flat: _Texts, chats: NDArray[np.int64], tokenizer: Tokenizer, fast: FastTokens
+) -> tuple[_Texts, list[str]]:
+    """(the texts with offsets into their spellings, what their ids spell but for the first gap). With SentencePiece a
+    text begins anew behind each special token in a chat, with a gap of its own."""
+    names = sorted((tokenizer.token(token).encode() for token in tokenizer.special_ids), key=len, reverse=True)
+    if not fast.gap or not len(chats) or not names or not _begins_anew(fast, names):
+        return flat, flat.texts
+    special = b"|".join(map(re.escape, names))
+    border = re.compile(b"(?:%b)(?!%b|\\Z)" % (special, special))
+    gap = fast.gap.encode()
+    spellings = list(flat.texts)
+    num_bytes, span_start, span_end = flat.num_bytes.copy(), flat.span_start.copy(), flat.span_end.copy()
+    for number in chats.tolist():
+        text = flat.texts[number].encode()
+        borders = np.array([match.end() for match in border.finditer(text)], dtype=np.int64)
+        if len(borders):
+            spellings[number] = border.sub(lambda match: match[0] + gap, text).decode()
+            num_bytes[number] += len(borders) * len(gap)
+            spans = slice(*np.searchsorted(flat.span_text, [number, number + 1]))
+            span_start[spans] += len(gap) * np.searchsorted(borders, flat.span_start[spans])
+            span_end[spans] += len(gap) * np.searchsorted(borders, flat.span_end[spans])
+    return replace(flat, num_bytes=num_bytes, span_start=span_start, span_end=span_end), spellings
+
+
+def _begins_anew(fast: FastTokens, names: Sequence[bytes]) -> bool:
+    """Whether a gap follows a special token, as before a text."""
+    texts = [f"{name.decode()}x" for name in names]
+    ids, offsets = fast.encode(texts)
+    spelled, ends = fast.spell(ids)
+    behind = {name + fast.gap.encode() + b"x" for name in names}
+    return any(
+        spelled[start:end].tobytes() in behind for start, end in zip(ends[offsets[:-1]], ends[offsets[1:]], strict=True)
+    )
 
 
 def _spelled_right(

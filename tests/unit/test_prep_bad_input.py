@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 
 from data_prep import build, chat, progress
+from data_prep.at_once import encode_at_once
 from data_prep.chat import load_chat_template
 from data_prep.decontaminate import Decontaminator, Item
+from data_prep.encode import reference_document
 from data_prep.example import Turn
+from data_prep.fast import load_fast
 from data_prep.source_files import source_files
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer, load_tokenizer
-from tests.prep_support import alpaca_rows, flags, prepare, refused, write_json
+from tests.prep_support import alpaca_rows, flags, prepare, refused, sentencepiece_tokenizer, write_json
 from tests.tiny import REPO, make_tokenizer, rank_environment, run
 
 TEMPLATE = (
@@ -92,6 +95,23 @@ def test_ids_for_which_the_model_has_no_embedding(
     assert 'ids reach 259 ("<|end|>"), but config.json gives the model 259 embedding rows' in line
     (folder / "config.json").unlink()
     prepare(tmp_path / "out", **options)
+
+
+def test_long_conversations_with_sentencepiece_are_encoded_at_once(tmp_path: Path) -> None:
+    """It begins anew behind each special token; once every conversation of several turns went to the reference, which
+    takes a hundred times as long."""
+    pieces = load_tokenizer(sentencepiece_tokenizer(tmp_path / "pieces"))
+    fast = load_fast(pieces)
+    assert fast is not None
+    template = load_chat_template(template_file(tmp_path, TEMPLATE.replace(": ", ":\n")), pieces)
+    examples = []
+    for number in (1, 2, 30):
+        turns = [Turn("user", "the task"), Turn("assistant", "é response", "", True), Turn("user", "  a é")]
+        examples.append(template.render([*turns * number, Turn("assistant", "a request", "", True)]))
+    encoded, proved = encode_at_once(pieces, fast, examples)
+    assert proved.all()
+    for position, example in enumerate(examples):
+        assert encoded.document(position) == reference_document(pieces, example)
 
 
 # Options
