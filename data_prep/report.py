@@ -125,6 +125,8 @@ def summary_tables(report: dict[str, Any]) -> list[Table]:
     for split, item in report["splits"].items():
         totals = (item["packs"], item["documents"], item["tokens"], item["labels"])
         packed.add_row(split, *(f"{total:,}" for total in totals), f"{item['fill']:.2%}")
+    for column in (*rows.columns, *packed.columns):
+        column.overflow = "fold"  # on a narrow terminal no digit is left out
     return [rows, packed]
 
 

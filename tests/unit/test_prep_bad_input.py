@@ -263,3 +263,13 @@ def test_progress_that_nobody_reads_does_not_end_the_job(
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     monkeypatch.setattr(sys, "stderr", Gone())
     prepare(tmp_path / "out", sources=write_json(tmp_path / "a.json", alpaca_rows(3)), tokenizer=tokenizer.path)
+
+
+def test_no_digit_is_left_out_on_a_narrow_terminal(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    prepare(tmp_path / "out", sources=write_json(tmp_path / "a.json", alpaca_rows(120)), tokenizer=tokenizer.path)
+    tables = capsys.readouterr().out.partition("train: tokens per document")[0]
+    assert "…" not in tables
+    assert max(map(len, tables.splitlines())) == 40
