@@ -43,7 +43,11 @@ class FileIds:
     descriptor: int
 
     def __getitem__(self, piece: slice) -> NDArray[np.int32]:
-        return np.frombuffer(os.pread(self.descriptor, 4 * (piece.stop - piece.start), 4 * piece.start), dtype="<i4")
+        size = 4 * (piece.stop - piece.start)
+        found = os.pread(self.descriptor, size, 4 * piece.start)
+        if len(found) != size:
+            raise OSError(errno.EIO, "tokens.bin in the work folder was cut short while the job ran")
+        return np.frombuffer(found, dtype="<i4")
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,6 +108,15 @@ def test_ids_are_read_piece_by_piece(out: Path) -> None:
         assert work.ids()[0:0].tolist() == []
 
 
+def test_a_file_cut_short_under_the_job_is_told(out: Path) -> None:
+    with work_folder(out, "key") as work:
+        work.add(0, BLOCKS[0])
+        assert len(work.ids()[0:2]) == 2, "control: the whole file is read"
+        os.truncate(work.folder / "tokens.bin", 4)
+        with pytest.raises(OSError, match="cut short"):
+            work.ids()[0:2]
+
+
 def test_no_ids_at_all(out: Path) -> None:
     with work_folder(out, "key") as work:
         work.add(0, make_block(0, documents=0))
