@@ -156,12 +156,12 @@ def summary_lines(report: dict[str, Any], dry_run: bool) -> list[str]:
     if report["near_duplicates"]:
         found = report["near_duplicates"]
         lines.append(f"near-duplicates: {found['clusters']:,} clusters, the largest of {found['largest_rows']:,} rows")
+    hits = [(source["name"], hit) for source in report["sources"] for hit in source["contaminated"]]
     if items := report["decontamination"]:
         lines.append(
             f"decontamination: {items['items']:,} evaluation items, {len(items['too_short_to_check']):,} of them too "
-            "short to check"
+            f"short to check; {len(hits):,} rows overlap"
         )
-    hits = [(source["name"], hit) for source in report["sources"] for hit in source["contaminated"]]
     lines += [f"{name}: row {hit['row']} overlaps with {hit['item']}" for name, hit in hits[:EXAMPLES]]
     if len(hits) > EXAMPLES:
         lines.append(f"... and {len(hits) - EXAMPLES:,} more rows overlap with evaluation items: see report.json")
