@@ -15,7 +15,7 @@ from sft.ports import free_port
 
 COMMANDS = {
     "demo": ("sft.demo.run", "the whole pipeline on embedded data, 2 CPU ranks, a few minutes"),
-    "prep": ("data_prep.build", "Alpaca-style JSON to packed, tokenized Arrow shards"),
+    "prep": ("data_prep.build", "Alpaca, chat and text rows to packed, tokenized Arrow shards"),
     "augment": ("sft.augment", "paraphrase or back-translate rows with local models, or with a function of your own"),
     "prep verify": ("data_prep.verify", "check every digest, count and contract of prepared shards"),
     "show": ("data_prep.show", "look at packed rows: supervised tokens marked, document boundaries drawn"),
