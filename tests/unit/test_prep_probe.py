@@ -1,6 +1,7 @@
 """Which encoder a build uses: gigatoken only where its ids are the reference's on every text, and it says so."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -175,8 +176,8 @@ def test_a_chat_template_does_not_change_which_encoder_is_used(pieces: Tokenizer
     assert as_text != encode_with_specials(pieces, "<s>request</s>")
 
 
-def test_names_of_special_tokens_in_chats_are_no_difference(tmp_path: Path) -> None:
-    """sentencepiece takes `</s>` for text, so what is compared of a chat is the turns' own text."""
+def conversion_of_a_chat(tmp_path: Path, folder: Path) -> dict[str, object]:
+    """What the report of a job with one chat row says of transformers and sentencepiece."""
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}</s>{% endfor %}"
@@ -184,15 +185,32 @@ def test_names_of_special_tokens_in_chats_are_no_difference(tmp_path: Path) -> N
     )
     turns = [{"role": "user", "content": "write the task"}, {"role": "assistant", "content": "the response"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}))
-    folder = sentencepiece_tokenizer(tmp_path / "pieces")
+    out = tmp_path / f"{folder.name}-out"
     config = tmp_path / "prep.yaml"
     config.write_text(
         f"sources: [{{path: {tmp_path / 'rows.jsonl'}, format: messages}}]\ntokenizer: {folder}\n"
-        f"template: {template}\nseq_len: 512\nworkers: 1\nout: {tmp_path / 'out'}\n"
+        f"template: {template}\nseq_len: 512\nworkers: 1\nout: {out}\n"
     )
     build.main(["--config", str(config)])
-    told = json.loads((tmp_path / "out" / "report.json").read_text())["tokenizer"]["conversion"]
-    assert (told["texts"], told["equal"]) == (2, 2)
-    rendered = compare_conversion(load_tokenizer(folder), ["user:\nwrite the task</s>assistant:\nthe response</s>"])
-    assert rendered is not None
-    assert rendered["equal"] == 0, "control: the rendered text would be called different"
+    told: dict[str, object] = json.loads((out / "report.json").read_text())["tokenizer"]["conversion"]
+    return told
+
+
+def test_space_marks_behind_special_tokens_matter_where_the_ids_are_sentencepieces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever loads a bare tokenizer.model with transformers gets other ids behind `</s>`: that is told. Where a
+    tokenizer.json is beside it, the ids are transformers' own, and the turns' text alone is compared."""
+    bare = sentencepiece_tokenizer(tmp_path / "bare")
+    both = tmp_path / "both"
+    shutil.copytree(bare, both)
+    (both / "tokenizer.json").write_text(load_tokenizer(bare).backend.to_str())
+    told = conversion_of_a_chat(tmp_path, both)
+    assert (told["used"], told["texts"], told["equal"]) == ("transformers", 2, 2)
+    assert "WARNING" not in capsys.readouterr().err
+    told = conversion_of_a_chat(tmp_path, bare)
+    assert (told["used"], told["texts"], told["equal"]) == ("sentencepiece", 1, 0)
+    assert (
+        "WARNING: transformers and sentencepiece give different ids on 1 of the first 1 texts"
+        in capsys.readouterr().err
+    )
