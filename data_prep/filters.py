@@ -153,15 +153,6 @@ def repetition(text: str) -> float:
     return 1 - len(set(zip(*(units[start:] for start in range(REPETITION_NGRAM)), strict=False))) / count
 
 
-def length_reason(num_response_tokens: int, section: FilterSection) -> str | None:
-    """`too_short` or `too_long` by the number of supervised text tokens, without stop tokens."""
-    if num_response_tokens < section.min_response_tokens:
-        return TOO_SHORT
-    if section.max_response_tokens is not None and num_response_tokens > section.max_response_tokens:
-        return TOO_LONG
-    return None
-
-
 def _has_response(example: Example) -> bool:
     """Whether any supervised text is more than white space."""
     for text, spans in zip(example.texts, example.spans, strict=True):

@@ -3,13 +3,16 @@
 import pickle
 import time
 
+import numpy as np
 import pytest
 
 from data_prep import filters, garbled
 from data_prep.example import Example
-from data_prep.filters import MEANING, length_reason, load_refusals, make_text_filter, repetition
+from data_prep.filters import MEANING, load_refusals, make_text_filter, repetition
 from sft.config import FilterSection
 from sft.errors import UserError
+from tests.prep_support import prepare, write_json
+from tests.tiny import make_tokenizer
 
 
 def is_garbled_text(text):
@@ -224,10 +227,18 @@ def test_max_repetition_is_the_largest_share_that_stays():
     assert reason("Fine, thanks.", prompt="no " * 100, max_repetition=0.1) is None
 
 
-def test_length_bounds_are_inclusive():
-    section = FilterSection(min_response_tokens=2, max_response_tokens=4)
-    assert [length_reason(n, section) for n in (1, 2, 4, 5)] == ["too_short", None, None, "too_long"]
-    assert length_reason(10**6, FilterSection()) is None
+@pytest.mark.parametrize(
+    ("bounds", "kept"), [({}, [1, 2, 4, 5]), ({"min": 2}, [2, 4, 5]), ({"min": 2, "max": 4}, [2, 4])]
+)
+)
+def test_bounds_count_supervised_text_tokens(tmp_path, bounds, kept):
+    """A byte is a token there; the stop token does not count."""
+    rows = [{"instruction": f"say {n}", "output": "x" * n} for n in (1, 2, 4, 5)]
+    options = {f"filters.{side}_response_tokens": count for side, count in bounds.items()}
+    source = write_json(tmp_path / "rows.json", rows)
+    shards = prepare(tmp_path / "out", sources=source, tokenizer=make_tokenizer(tmp_path / "t"), **options)
+    found = np.concatenate([shards.pack(index).doc_ids for index in range(len(shards))])
+    assert sorted(found.tolist()) == [(1, 2, 4, 5).index(n) for n in kept]
 
 
 def test_every_reason_has_a_meaning():
