@@ -230,7 +230,6 @@ def test_max_repetition_is_the_largest_share_that_stays():
 @pytest.mark.parametrize(
     ("bounds", "kept"), [({}, [1, 2, 4, 5]), ({"min": 2}, [2, 4, 5]), ({"min": 2, "max": 4}, [2, 4])]
 )
-)
 def test_bounds_count_supervised_text_tokens(tmp_path, bounds, kept):
     """A byte is a token there; the stop token does not count."""
     rows = [{"instruction": f"say {n}", "output": "x" * n} for n in (1, 2, 4, 5)]
