@@ -237,6 +237,26 @@ class CheckpointSection(Section):
     """Newest complete checkpoints kept."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest held-out loss."""
+    keep_every: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this, for ever; null: none."""
+
+
+class GuardSection(Section):
+    max_skipped: PositiveInt = 3
+    """Steps in a row whose loss or gradient is not finite before the run stops; none of them changes the weights."""
+    on_spike: Literal["record", "rollback"] = "record"
+    """A loss far above the usual: written to events.jsonl; or also undone: back to the last checkpoint, and past the
+    offending batches."""
+    spike_window: Annotated[int, Field(ge=8)] = 100
+    """Steps whose losses say what is usual."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 10.0
+    """A spike lies this many robust standard deviations (1.4826 x median absolute deviation) above the median."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks of one run before it stops."""
+    lost_after_s: Annotated[float, Field(ge=1)] = 60.0
+    """A rank without a sign of life for this long is lost, and the others stop."""
+    hang_after_s: Annotated[float, Field(ge=1)] = 900.0
+    """A rank that lives but does not get on with a forward, update or save for this long stops the run."""
 
 
 class EvalSection(Section):
@@ -263,8 +283,11 @@ class RunConfig(Section):
     deepspeed: str = "zero3"
     """A DeepSpeed JSON file, or the name of a shipped one: zero2, zero3, zero3_offload_optimizer, zero3_offload_all."""
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()
     track: TrackSection = TrackSection()
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and leave in time for this many hours after the start: the job's wall-clock limit; exit code 75."""
     out: str
     """Folder of this run; running the same command again resumes from its newest complete checkpoint."""
 
@@ -278,6 +301,13 @@ class RunConfig(Section):
         if self.schedule.cycles > 1 and self.schedule.name != "cosine_restarts":
             raise ValueError(f"schedule.cycles {self.schedule.cycles} needs schedule.name cosine_restarts")
         return self
+
+
+class BlameConfig(Section):
+    run: str
+    """Run folder."""
+    step: PositiveInt
+    """Optimizer step, counted from 1 as in metrics.jsonl."""
 
 
 # Export

@@ -60,7 +60,7 @@ def read_strategy(name: str) -> dict[str, Any]:
     """A DeepSpeed JSON file, by path or by the name of a shipped one.
 
     Raises:
-        UserError: no such file, not JSON, holds "auto" or a key that the run config owns, or is no ZeRO-2 or ZeRO-3
+        UserError: no such file, not JSON, holds "auto" or a key that the run config owns, or is no ZeRO
             in GPU and host memory.
     """
     path = _find_strategy(name)
@@ -75,8 +75,8 @@ def read_strategy(name: str) -> dict[str, Any]:
     if autos := sorted(_paths_of_auto(strategy)):
         raise UserError(f'deepspeed {path}: {", ".join(autos)} is "auto"; write the number (see ds_configs/README.md)')
     zero = strategy.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
-        raise UserError(f"deepspeed {path}: zero_optimization.stage must be 2 or 3")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"deepspeed {path}: zero_optimization.stage must be 1, 2 or 3")
     for part in ("offload_optimizer", "offload_param"):
         if (device := (zero.get(part) or {}).get("device", "none")) not in ("none", "cpu"):
             raise UserError(f"deepspeed {path}: {part}.device '{device}' is not supported; use cpu")

@@ -1,6 +1,7 @@
-"""The two ways a command may end early, and the exit codes that callers rely on.
+"""The ways a command may end early, and the exit codes that callers rely on.
 
-Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's input, 3 a gate failed.
+Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's input, 3 a gate failed. Of training also:
+4 its guard stopped it, 5 another rank died or hung, 75 it was asked to stop and saved (EX_TEMPFAIL: run it again).
 """
 
 import os
@@ -11,6 +12,9 @@ from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_GATE_FAILED = 3
+EXIT_GUARD = 4
+EXIT_RANK_LOST = 5
+EXIT_PREEMPTED = 75
 OTHER_RANKS_WAIT_S = 5
 
 
@@ -22,17 +26,37 @@ class GateFailed(Exception):
     """A measured value is beyond the limit that the user set; the report has been written."""
 
 
+class GuardStop(Exception):
+    """Training must not go on: numbers that no healthy run shows. The last checkpoint is untouched."""
+
+
+class RankLost(Exception):
+    """Another rank died or hangs; the message names it and its host."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, or its time is up; everything is saved, and the same command goes on."""
+
+
+EXIT_CODES: dict[type[Exception], tuple[int, str]] = {
+    UserError: (EXIT_BAD_INPUT, "error"),
+    GateFailed: (EXIT_GATE_FAILED, "gate failed"),
+    GuardStop: (EXIT_GUARD, "stopped"),
+    RankLost: (EXIT_RANK_LOST, "stopped"),
+    Preempted: (EXIT_PREEMPTED, "stopped as asked"),
+}
+"""Expected endings: exit code, and the word before the message."""
+
+
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run `main(argv)` and turn the two expected endings into exit codes, without a traceback."""
+    """Run `main(argv)` and turn the expected endings into exit codes, without a traceback."""
     try:
         main(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)  # a reader that left shows here at the latest, not when Python has ended
-    except UserError as error:
-        _say(f"error: {error}")
-        return EXIT_BAD_INPUT
-    except GateFailed as error:
-        _say(f"gate failed: {error}")
-        return EXIT_GATE_FAILED
+    except tuple(EXIT_CODES) as error:
+        code, word = next(ending for kind, ending in EXIT_CODES.items() if isinstance(error, kind))
+        _say(f"{word}: {error}")
+        return code
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
