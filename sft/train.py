@@ -23,9 +23,10 @@ from sft.engine import (
     start_distributed,
 )
 from sft.errors import UserError, run_rank
-from sft.guard import SkipCounter, prove_isolation
+from sft.guard import SkipCounter
 from sft.hf_folder import export_checkpoint, verify_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
+from sft.isolation import prove_isolation
 from sft.metrics import Recorder, flops_per_token, peak_flops
 from sft.settings import load, to_yaml
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sft.attention import choose_kernel, register
 from sft.batch import build
 from sft.errors import UserError
-from sft.guard import prove_isolation
+from sft.isolation import prove_isolation
 from sft.model import load_model
 
 CPU = torch.device("cpu")
