@@ -10,8 +10,9 @@ restart with each document, and the boundaries travel explicitly.
     labels_T      .  .  a2 a3 .  b1 b2      supervised where not -100
     predict_N        1  2     4  5          positions whose NEXT token is supervised, in the same document
     targets_N        a2 a3    b1 b2         the token each of them must predict
+    source_N         0  0     1  1          where a is of the manifest's source 0 and b of source 1
 
-Shape legend: T tokens of the micro-batch, N targets, 1 the batch axis that transformers expects.
+Shape legend: T tokens of the micro-batch, N targets, S data sources, 1 the batch axis that transformers expects.
 """
 
 from collections.abc import Sequence
@@ -50,10 +51,21 @@ class MicroBatch:
     layout: Layout
     predict_N: torch.Tensor
     targets_N: torch.Tensor
+    source_N: torch.Tensor
+    """int64, below num_sources: the data source of each target."""
+    num_sources: int
 
 
-def build(documents: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> MicroBatch:
-    """Flatten (input_ids, labels) documents, in order. Both int [length]; labels not shifted, -100 = unsupervised."""
+def build(
+    documents: Sequence[tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+    sources: Sequence[int] | None = None,
+    num_sources: int = 1,
+) -> MicroBatch:
+    """Flatten (input_ids, labels) documents, in order. Both int [length]; labels not shifted, -100 = unsupervised.
+
+    `sources` gives the data source of each document, from 0 to num_sources - 1; without it all are of source 0.
+    """
     seq_lens = tuple(len(ids) for ids, _ in documents)
     starts = np.cumsum((0, *seq_lens))
     ids = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
@@ -61,19 +73,31 @@ def build(documents: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.devi
     labels[starts[:-1]] = IGNORE  # no token before it in its document: never a target
     target_positions = np.flatnonzero(labels != IGNORE)
     positions = np.arange(len(ids)) - np.repeat(starts[:-1], seq_lens)
+    source_of_token = np.repeat(np.zeros(len(seq_lens), np.int64) if sources is None else sources, seq_lens)
     return MicroBatch(
         ids_1T=_to_device(ids, device)[None],
         pos_1T=_to_device(positions, device)[None],
         layout=Layout(seq_lens, _to_device(starts.astype(np.int32), device)),
         predict_N=_to_device(target_positions - 1, device),
         targets_N=_to_device(labels[target_positions], device),
+        source_N=_to_device(source_of_token[target_positions].astype(np.int64), device),
+        num_sources=num_sources,
     )
 
 
 def from_shards(shards: Shards, rows: Rows, device: torch.device) -> MicroBatch:
     """The micro-batch of the given packs; FILLER rows become one token that weighs nothing."""
-    documents = [document for row in rows for document in _documents(shards, int(row))]
-    return build(documents, device)
+    documents: list[tuple[np.ndarray, np.ndarray]] = []
+    sources: list[int] = []
+    for row in rows:
+        if row == FILLER:
+            documents.append((np.zeros(1, np.int32), np.full(1, IGNORE, np.int32)))
+            sources.append(0)
+        else:
+            pack = shards.pack(int(row))
+            documents += split_documents(pack)
+            sources += pack.source_ids.tolist()
+    return build(documents, device, sources, len(shards.manifest["sources"]))
 
 
 def num_labels(shards: Shards, rows: Rows) -> int:
@@ -86,10 +110,21 @@ def num_tokens(shards: Shards, rows: Rows) -> int:
     return int(shards.num_tokens[rows[rows != FILLER]].sum())
 
 
-def _documents(shards: Shards, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    if row == FILLER:
-        return [(np.zeros(1, np.int32), np.full(1, IGNORE, np.int32))]
-    return split_documents(shards.pack(row))
+def source_counts(shards: Shards, rows: Rows) -> np.ndarray:
+    """Tokens and targets of each data source in the given rows, int64 [2, S].
+
+    Their sums over S are num_tokens and num_labels. Reads the rows' labels: ask for a rank's own rows, which it reads
+    anyway, rather than for those of the whole step.
+    """
+    counts = np.zeros((2, len(shards.manifest["sources"])), np.int64)
+    for row in rows[rows != FILLER]:
+        pack = shards.pack(int(row))
+        starts = np.cumsum(pack.seq_lens) - pack.seq_lens
+        supervised = pack.labels != IGNORE
+        supervised[starts] = False
+        np.add.at(counts[0], pack.source_ids, pack.seq_lens)
+        np.add.at(counts[1], pack.source_ids, np.add.reduceat(supervised, starts, dtype=np.int64))
+    return counts
 
 
 def split_documents(pack: Pack) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -7,7 +7,9 @@ labels: `loss = sum / N_step`, so how a step is cut into micro-batches and ranks
 
 The work runs inside the forward of the module that owns the weight: ZeRO-3 gathers it there, once.
 
-Shape legend: N supervised positions, C positions of a chunk, E hidden size, V vocabulary rows.
+Beside the total that is optimised, the same token losses are summed for each data source, for the metrics alone.
+
+Shape legend: N supervised positions, C positions of a chunk, E hidden size, V vocabulary rows, S data sources.
 """
 
 from typing import Any
@@ -20,21 +22,42 @@ CHUNK_LOGITS = 2**26
 
 
 class LossHead(nn.Linear):
-    """An LM head that returns summed losses when it is given targets, and logits when not."""
+    """An LM head that also computes summed losses where its weight is gathered."""
 
-    def forward(self, hidden_NE: torch.Tensor, targets_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Summed loss, fp32 scalar (0, still connected to the graph, for N = 0); logits [..., V] without targets."""
+    def forward(
+        self,
+        hidden_NE: torch.Tensor,
+        targets_N: torch.Tensor | None = None,
+        source_N: torch.Tensor | None = None,
+        num_sources: int = 1,
+    ) -> Any:
+        """Logits [..., V] of hidden states; given targets and their sources (int64, below num_sources), summed losses.
+
+        Returns:
+            With targets (total, by_source_S): the sum over N, fp32 scalar (0, still connected to the graph, for
+            N = 0), and its part from each source, fp32, without gradient; the parts sum to the total up to rounding.
+        """
         if targets_N is None:
             return super().forward(hidden_NE)
-        return _SummedCrossEntropy.apply(hidden_NE, self.weight, targets_N, torch.is_grad_enabled())
+        return _SummedCrossEntropy.apply(
+            hidden_NE, self.weight, targets_N, source_N, num_sources, torch.is_grad_enabled()
+        )
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NE: torch.Tensor, weight_VE: torch.Tensor, targets_N: torch.Tensor, need_grad: bool
-    ) -> torch.Tensor:
+        ctx: Any,
+        hidden_NE: torch.Tensor,
+        weight_VE: torch.Tensor,
+        targets_N: torch.Tensor,
+        source_N: torch.Tensor,
+        num_sources: int,
+        need_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
+        # fp64: on a GPU index_add_ adds in no fixed order, which must not show in the metrics
+        by_source_S = torch.zeros(num_sources, dtype=torch.float64, device=hidden_NE.device)
         grad_hidden_NE = torch.empty_like(hidden_NE if need_grad else hidden_NE[:0])
         grad_weight_VE = torch.zeros_like(weight_VE if need_grad else weight_VE[:0], dtype=torch.float32)
         chunk = max(1, CHUNK_LOGITS // weight_VE.shape[0])
@@ -43,7 +66,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
             targets_C1 = targets_N[part, None]
             logits_CV = (hidden_NE[part] @ weight_VE.T).float()
             lse_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-            total += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
+            losses_C1 = lse_C1 - logits_CV.gather(1, targets_C1)
+            total += losses_C1.sum()
+            by_source_S.index_add_(0, source_N[part], losses_C1[:, 0].double())
             if need_grad:
                 grad_CV = logits_CV.sub_(lse_C1).exp_()
                 grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
@@ -52,14 +77,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 _add_product(grad_weight_VE, grad_CV, hidden_NE[part])
         if need_grad:
             ctx.save_for_backward(grad_hidden_NE, grad_weight_VE)
-        return total
+        by_source_S = by_source_S.float()
+        ctx.mark_non_differentiable(by_source_S)
+        return total, by_source_S
 
     @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_total: torch.Tensor, _by_source: Any) -> tuple[torch.Tensor | None, ...]:
         grad_hidden_NE, grad_weight_VE = ctx.saved_tensors
         # scaled in fp32: the factor itself, rounded to bf16, would be off by up to 0.4 %
         dtype = grad_hidden_NE.dtype
-        return (grad_hidden_NE.float() * grad_total).to(dtype), grad_weight_VE.mul_(grad_total).to(dtype), None, None
+        grad_hidden_NE = (grad_hidden_NE.float() * grad_total).to(dtype)
+        return grad_hidden_NE, grad_weight_VE.mul_(grad_total).to(dtype), None, None, None, None
 
 
 def _add_product(sum_VE: torch.Tensor, grad_CV: torch.Tensor, hidden_CE: torch.Tensor) -> None:

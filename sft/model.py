@@ -17,14 +17,18 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class PackedCausalLM(nn.Module):
-    """`hf` with packed documents in and one scalar out; parameter names are `hf.` + transformers' names."""
+    """`hf` with packed documents in and summed losses out; parameter names are `hf.` + transformers' names."""
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
 
-    def forward(self, batch: MicroBatch, return_hidden: bool = False) -> torch.Tensor:
-        """Sum over supervised positions of -log p(target), fp32 scalar; or the last hidden states [T, E]."""
+    def forward(self, batch: MicroBatch, return_hidden: bool = False) -> Any:
+        """Sums of -log p(target) over the supervised positions; or the last hidden states [T, E].
+
+        Returns:
+            (total, by_source_S): fp32 scalar to optimise, and its part from each data source, fp32, detached.
+        """
         hidden_TE = self.hf.model(
             input_ids=batch.ids_1T,
             position_ids=batch.pos_1T,
@@ -34,7 +38,8 @@ class PackedCausalLM(nn.Module):
         ).last_hidden_state[0]
         if return_hidden:
             return hidden_TE
-        return self.hf.lm_head(hidden_TE.index_select(0, batch.predict_N), batch.targets_N)
+        hidden_NE = hidden_TE.index_select(0, batch.predict_N)
+        return self.hf.lm_head(hidden_NE, batch.targets_N, batch.source_N, batch.num_sources)
 
 
 def read_model_config(folder: str) -> dict[str, Any]:

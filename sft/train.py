@@ -112,7 +112,7 @@ def train_step(run: Run, step: int) -> dict[str, Any]:
     loss_sum = torch.zeros((), dtype=torch.float32, device=run.numerics.device)
     engine.train()
     for part in order.cut(rows, dist.get_rank(), dist.get_world_size(), config.batch.micro_batch):
-        loss = engine(batch.from_shards(shards, part, run.numerics.device))
+        loss, _ = engine(batch.from_shards(shards, part, run.numerics.device))
         loss_sum += loss.detach()
         engine.backward(loss * scale, scale_wrt_gas=False)
     engine.step()
@@ -165,7 +165,8 @@ def heldout_loss(run: Run, shards: Shards) -> float:
     run.engine.eval()
     with torch.no_grad():
         for part in order.cut(rows, dist.get_rank(), world_size, micro_batch):
-            total += run.engine(batch.from_shards(shards, part, run.numerics.device))
+            loss, _ = run.engine(batch.from_shards(shards, part, run.numerics.device))
+            total += loss
     dist.all_reduce(total)
     return total.item() / batch.num_labels(shards, rows)
 

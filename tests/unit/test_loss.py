@@ -14,13 +14,17 @@ def head_and_inputs(num=50, hidden=16, vocab=40, dtype=torch.float32):
     return head, torch.randn(num, hidden, dtype=dtype, requires_grad=True), torch.randint(0, vocab, (num,))
 
 
+def total_loss(head, hidden_NE, targets_N):
+    return head(hidden_NE, targets_N, torch.zeros_like(targets_N), 1)[0]
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
 def test_loss_and_gradients_equal_plain_cross_entropy(monkeypatch, chunk_rows):
     head, hidden_NE, targets_N = head_and_inputs()
     expected = cross_entropy(hidden_NE @ head.weight.T, targets_N, reduction="sum") * 0.25
     grads = torch.autograd.grad(expected, [hidden_NE, head.weight])
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * 40)
-    total = head(hidden_NE, targets_N) * 0.25
+    total = total_loss(head, hidden_NE, targets_N) * 0.25
     total.backward()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(hidden_NE.grad, grads[0])
@@ -30,12 +34,12 @@ def test_loss_and_gradients_equal_plain_cross_entropy(monkeypatch, chunk_rows):
 def test_a_mean_would_differ():
     head, hidden_NE, targets_N = head_and_inputs()
     mean = cross_entropy(hidden_NE @ head.weight.T, targets_N)
-    assert abs(head(hidden_NE, targets_N) - mean) > 1
+    assert abs(total_loss(head, hidden_NE, targets_N) - mean) > 1
 
 
 def test_no_targets_give_a_connected_zero():
     head, hidden_NE, _ = head_and_inputs(num=0)
-    total = head(hidden_NE, torch.zeros(0, dtype=torch.long))
+    total = total_loss(head, hidden_NE, torch.zeros(0, dtype=torch.long))
     total.backward()
     assert total.item() == 0
     assert head.weight.grad.abs().sum() == 0
@@ -47,7 +51,7 @@ def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch):
     logits = hidden_NE.float() @ head.weight.float().T
     reference = (logits.softmax(-1) - torch.nn.functional.one_hot(targets_N, 40)).T @ hidden_NE.float()
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 40)
-    head(hidden_NE, targets_N).backward()
+    total_loss(head, hidden_NE, targets_N).backward()
     error = (head.weight.grad.float() - reference).norm() / reference.norm()
     in_bf16 = sum_in_bf16(logits, targets_N, hidden_NE)
     assert error < 5e-3 < (in_bf16.float() - reference).norm() / reference.norm()
@@ -69,4 +73,4 @@ def test_without_targets_it_is_a_linear_layer():
 def test_no_gradient_work_without_grad_mode():
     head, hidden_NE, targets_N = head_and_inputs()
     with torch.no_grad():
-        assert not head(hidden_NE, targets_N).requires_grad
+        assert not total_loss(head, hidden_NE, targets_N).requires_grad
