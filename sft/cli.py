@@ -20,6 +20,7 @@ COMMANDS = {
     "prep verify": ("data_prep.verify", "check every digest, count and contract of prepared shards"),
     "show": ("data_prep.show", "look at packed rows: supervised tokens marked, document boundaries drawn"),
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
+    "blame": ("sft.blame", "the documents of an optimizer step, from their source files"),
     "export": ("sft.export", "checkpoint to verified Hugging Face folder"),
     "eval": ("sft.eval.evaluate", "MMLU and HellaSwag scores of one model"),
     "drift": ("sft.eval.drift", "base against tuned: what was forgotten, with statistics and a gate"),
