@@ -113,17 +113,19 @@ def num_tokens(shards: Shards, rows: Rows) -> int:
 def source_counts(shards: Shards, rows: Rows) -> np.ndarray:
     """Tokens and targets of each data source in the given rows, int64 [2, S].
 
-    Their sums over S are num_tokens and num_labels. Reads the rows' labels: ask for a rank's own rows, which it reads
-    anyway, rather than for those of the whole step.
+    Their sums over S are num_tokens and num_labels. It reads the labels of the rows: ask for a rank's own, which the
+    forward reads as well, and add up over ranks.
     """
     counts = np.zeros((2, len(shards.manifest["sources"])), np.int64)
-    for row in rows[rows != FILLER]:
-        pack = shards.pack(int(row))
-        starts = np.cumsum(pack.seq_lens) - pack.seq_lens
-        supervised = pack.labels != IGNORE
-        supervised[starts] = False
-        np.add.at(counts[0], pack.source_ids, pack.seq_lens)
-        np.add.at(counts[1], pack.source_ids, np.add.reduceat(supervised, starts, dtype=np.int64))
+    packs = [shards.pack(int(row)) for row in rows[rows != FILLER]]
+    if packs:
+        lengths = np.concatenate([pack.seq_lens for pack in packs])
+        sources = np.concatenate([pack.source_ids for pack in packs])
+        starts = np.cumsum(lengths) - lengths
+        is_target = np.concatenate([pack.labels for pack in packs]) != IGNORE
+        is_target[starts] = False  # as in build
+        np.add.at(counts[0], sources, lengths)
+        np.add.at(counts[1], sources, np.add.reduceat(is_target, starts, dtype=np.int64))
     return counts
 
 

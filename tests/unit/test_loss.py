@@ -1,5 +1,7 @@
 """Chunked summed cross-entropy against PyTorch's own. Run: pytest tests/unit/test_loss.py"""
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -74,3 +76,62 @@ def test_no_gradient_work_without_grad_mode():
     head, hidden_NE, targets_N = head_and_inputs()
     with torch.no_grad():
         assert not total_loss(head, hidden_NE, targets_N).requires_grad
+
+
+def head_by_hand():
+    """Logits (0, h ln 3): where h is 1, target 0 costs ln 4 and target 1 ln 4/3; where it is 0, both ln 2."""
+    head = LossHead(1, 2, bias=False)
+    head.weight.data = torch.tensor([[0.0], [math.log(3)]])
+    return head, torch.tensor([[1.0], [1.0], [0.0], [1.0], [0.0]]), torch.tensor([0, 1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 1000])
+def test_losses_by_source_by_hand(monkeypatch, chunk_rows):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * 2)
+    head, hidden_NE, targets_N = head_by_hand()
+    total, by_source_S = head(hidden_NE, targets_N, torch.tensor([0, 2, 2, 0, 2]), 3)
+    first, last = math.log(4) + math.log(4 / 3), math.log(4 / 3) + 2 * math.log(2)
+    torch.testing.assert_close(by_source_S, torch.tensor([first, 0.0, last]))
+    torch.testing.assert_close(total.detach(), torch.tensor(first + last))
+    assert by_source_S.dtype == torch.float32
+    _, alone_S = head(hidden_NE, targets_N, torch.zeros(5, dtype=torch.long), 1)
+    torch.testing.assert_close(alone_S, torch.tensor([first + last]))
+
+
+def test_control_other_sources_other_parts_same_total():
+    head, hidden_NE, targets_N = head_by_hand()
+    total, by_source_S = head(hidden_NE, targets_N, torch.tensor([0, 2, 2, 0, 2]), 3)
+    same_total, others_S = head(hidden_NE, targets_N, torch.tensor([2, 0, 2, 0, 2]), 3)
+    assert torch.equal(total, same_total)
+    assert (by_source_S - others_S).abs()[[0, 2]].min() > 0.1
+
+
+def test_sources_have_no_part_in_the_gradient():
+    head, hidden_NE, targets_N = head_and_inputs()
+    grads = []
+    for num_sources in (1, 3):
+        total, by_source_S = head(hidden_NE, targets_N, torch.arange(50) % num_sources, num_sources)
+        assert total.requires_grad
+        assert not by_source_S.requires_grad
+        grads.append(torch.autograd.grad(total * 0.25, [hidden_NE, head.weight]))
+    for one, three in zip(*grads, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_no_targets_give_every_source_zero():
+    head, hidden_NE, targets_N = head_and_inputs(num=0)
+    total, by_source_S = head(hidden_NE, targets_N, targets_N, 3)
+    total.backward()
+    assert by_source_S.tolist() == [0, 0, 0]
+
+
+def test_nothing_is_read_back_to_the_host(monkeypatch):
+    """Meta tensors have no values: what would wait for a GPU fails on them."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * 40)
+    head, hidden_NE, targets_N = (each.to("meta") for each in head_and_inputs())
+    total, by_source_S = head(hidden_NE.detach().requires_grad_(), targets_N, targets_N, 3)
+    (total * 0.25).backward()
+    assert by_source_S.shape == (3,)
+    assert head.weight.grad.shape == (40, 16)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        total.item()
