@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sft.config import DataSection, ModelSection, RunConfig, TrackSection
-from sft.guard import MAX_SKIPPED_IN_A_ROW, SkipCounter
 from sft.metrics import Recorder, flops_per_token, peak_flops
 
 CONFIG = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
@@ -86,17 +85,6 @@ def test_events_have_a_time_and_their_facts(tmp_path):
     event = json.loads((tmp_path / "events.jsonl").read_text())
     assert event.pop("time") > 0
     assert event == {"event": "skip", "step": 2, "doc_ids": [4, 5]}
-
-
-def test_skips_are_bounded_and_a_good_step_resets_them():
-    skips = SkipCounter()
-    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
-        skips.update(False, step)
-    skips.update(True, 5)
-    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
-        skips.update(False, step)
-    with pytest.raises(RuntimeError, match="3 steps in a row"):
-        skips.update(False, 9)
 
 
 def test_wandb_offline_writes_beside_the_run_and_nowhere_else(tmp_path, monkeypatch):
