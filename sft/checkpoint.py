@@ -2,107 +2,137 @@
 
     <run out>/checkpoints/step-00000500/
         rank-00000-of-00002.safetensors   "<parameter>|fp32", "|exp_avg", "|exp_avg_sq": 1-D slices of this rank;
+                                          "|constant": its part of frozen parameters and persistent buffers;
                                           the header's `slices` says where each begins in the flattened parameter
-        meta.json                         step, optimizer step, parameter shapes, identities to compare on resume
-        COMPLETE                          written last: sizes of the files; without it the folder is not a checkpoint
+        meta.json                         step, shapes, identities to compare on resume; size and digest of every file
+        COMPLETE                          written last: size and digest of meta.json; without it this is no checkpoint
 
-Learning rate, data order and seeds follow from the step, so they are not stored. Slices carry global
-offsets, so any number of ranks can read what another number wrote. DeepSpeed's own checkpoints are
-pickles, not atomic, and its Universal Checkpoint restores the first parameter group's settings to all.
-
-The slices are read from DeepSpeed 0.19.8's optimizer through attributes that are not a public interface:
-the version is pinned, and resume equality is tested.
+Until everything is on the disk the folder is called step-00000500.partial. Learning rate, data order and seeds follow
+from the step, so they are not stored. Slices carry global offsets, so any number of ranks can read what another number
+wrote. docs/checkpoints.md says why DeepSpeed's own checkpoints are not used.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import xxhash
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from sft.errors import UserError
+from sft.zero_state import STATES
 
-FORMAT_VERSION = 1
-STATES = ("fp32", "exp_avg", "exp_avg_sq")
-PREFIX = "hf."
-"""PackedCausalLM's attribute; stripped, so that a checkpoint names parameters as transformers does."""
+FORMAT_VERSION = 2
+CONSTANT = "constant"
+CHUNK_BYTES = 2**24
+"""Hashed and written at a time."""
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The format's names of dtypes (https://github.com/huggingface/safetensors#format)."""
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A run of one flattened parameter that this rank owns, inside one of the optimizer's flat fp32 tensors."""
+class Piece:
+    """A 1-D run of a flattened tensor on its way to a file."""
 
     name: str
+    state: str
+    """One of STATES, or CONSTANT."""
     start: int
-    numel: int
-    flat: torch.Tensor
-    flat_offset: int
+    tensor: torch.Tensor
+    """On any device; it is brought to the host chunk by chunk."""
 
 
 # Writing
 
 
-def save(engine: Any, folder: Path, step: int, identity: dict[str, Any], heldout_loss: float | None) -> None:
-    """Write a complete checkpoint of `engine` after optimizer step `step`; collective, every rank calls it.
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """One safetensors file, streamed to the disk; returns its entry for meta.json: bytes and xxh3_128.
 
-    Args:
-        folder: <run out>/checkpoints, on a file system that all ranks share.
-        identity: what a resume must agree with (data key, tokenizer digest, rows_per_step, ...).
-        heldout_loss: measured after this step, for retention; None where none was.
+    The library's own writer would hold a second copy of everything, and the digest would cost a second pass.
     """
-    final = step_folder(folder, step)
-    partial = final.with_name(final.name + ".partial")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _write_rank_file(engine, partial / _rank_file(rank, world_size))
-    dist.barrier()
-    if rank == 0:
-        _write_json(
-            partial / "meta.json",
-            {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "optimizer_step": _optimizer_step(engine.optimizer),
-                "world_size": world_size,
-                "dtype": str(engine.get_data_types()[0]).removeprefix("torch."),
-                "shapes": _shapes(engine),
-                "identity": identity,
-                "heldout_loss": heldout_loss,
-            },
-        )
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        os.replace(partial, final)
-        _write_json(final / "COMPLETE", {"bytes": sizes})
-        for abandoned in folder.glob("step-*.partial"):  # of saves that were killed
-            shutil.rmtree(abandoned)
-    dist.barrier()
+    header: dict[str, Any] = {
+        "__metadata__": {"slices": json.dumps({p.name: (p.start, p.tensor.numel()) for p in pieces})}
+    }
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
+        header[f"{piece.name}|{piece.state}"] = {
+            "dtype": DTYPE_NAMES[piece.tensor.dtype],
+            "shape": [piece.tensor.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+    digest = xxhash.xxh3_128()
+    with path.open("wb") as file:
+        for part in _file_parts(text, pieces):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
-def prune(folder: Path, keep_last: int, keep_best: bool) -> list[Path]:
-    """Delete complete checkpoints beyond the newest `keep_last` and the one with the lowest held-out loss."""
-    complete = [checkpoint for checkpoint in list_checkpoints(folder) if is_complete(checkpoint)]
-    losses = {checkpoint: read_meta(checkpoint)["heldout_loss"] for checkpoint in complete}
-    measured = [checkpoint for checkpoint in complete if losses[checkpoint] is not None]
-    best = [min(measured, key=losses.__getitem__)] if keep_best and measured else []
-    dropped = [checkpoint for checkpoint in complete if checkpoint not in [*complete[-keep_last:], *best]]
-    for checkpoint in dropped:
-        (checkpoint / "COMPLETE").unlink()  # first, so that a half-deleted folder never looks whole
-        shutil.rmtree(checkpoint)
-    return dropped
+def publish(folder: Path, step: int, meta: dict[str, Any]) -> Path:
+    """Turn step-….partial, in which all rank files are on the disk, into a checkpoint; returns its folder.
+
+    Whatever had the name of this step before (it was not complete, or was set aside) goes when the new one is there.
+    """
+    partial, final = partial_folder(folder, step), step_folder(folder, step)
+    entry = write_json(partial / "meta.json", {"format_version": FORMAT_VERSION, "step": step, **meta})
+    sync_folder(partial)
+    replaced = final.with_name(final.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    sync_folder(folder)
+    write_json(final / "COMPLETE.partial", {"meta.json": entry})
+    os.replace(final / "COMPLETE.partial", final / "COMPLETE")
+    sync_folder(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
 
 
-# Reading
+def delete(checkpoint: Path) -> None:
+    """Remove a checkpoint; the marker goes first, so that a half-deleted folder never looks whole."""
+    (checkpoint / "COMPLETE").unlink(missing_ok=True)
+    sync_folder(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what saves that were killed have left."""
+    for abandoned in [*folder.glob("step-*.partial"), *folder.glob("step-*.replaced")]:
+        shutil.rmtree(abandoned)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for one again; returns its new place."""
+    damaged = checkpoint.with_name(checkpoint.name + ".damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    os.replace(checkpoint, damaged)
+    sync_folder(checkpoint.parent)
+    return damaged
+
+
+# Finding
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -111,22 +141,63 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the marker is there and every file that it lists has its size."""
+    """Whether the marker is there and every listed file has its size; contents are compared by `damage`."""
     try:
-        sizes = json.loads((checkpoint / "COMPLETE").read_text())["bytes"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        marker = json.loads((checkpoint / "COMPLETE").read_text())
+        files = {**marker, **json.loads((checkpoint / "meta.json").read_text())["files"]}
+        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def damage(checkpoint: Path, names: Iterable[str]) -> list[str]:
+    """Which of these files of a complete checkpoint do not hold what was written, a line each."""
+    files = {**json.loads((checkpoint / "COMPLETE").read_text()), **read_meta(checkpoint)["files"]}
+    lines = []
+    for name in names:
+        try:
+            found = _digest(checkpoint / name)
+        except OSError as error:
+            lines.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if found != files[name]["xxh3_128"]:
+            lines.append(f"{name} has digest {found}, written was {files[name]['xxh3_128']}")
+    return lines
+
+
+def file_names(checkpoint: Path) -> list[str]:
+    """Every file of a complete checkpoint that a digest is known of, in an order that all ranks share."""
+    return ["meta.json", *sorted(read_meta(checkpoint)["files"])]
+
+
+def check_undamaged(checkpoint: Path) -> None:
+    """Compare every digest, by one process.
+
+    Raises:
+        UserError: a file does not hold what was written.
+    """
+    if lines := damage(checkpoint, file_names(checkpoint)):
+        raise UserError(f"checkpoint {checkpoint}: {lines[0]}; it is damaged, use another")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, complete or not."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "")
 
 
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lives."""
     return folder / f"step-{step:08d}"
+
+
+def partial_folder(folder: Path, step: int) -> Path:
+    """Where it is written."""
+    return folder / f"step-{step:08d}.partial"
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -147,6 +218,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+# Comparing
+
+
 def check_identity(checkpoint: Path, meta: dict[str, Any], identity: dict[str, Any]) -> None:
     """Refuse to resume another run's checkpoint.
 
@@ -162,169 +236,95 @@ def check_identity(checkpoint: Path, meta: dict[str, Any], identity: dict[str, A
         )
 
 
-def load(engine: Any, checkpoint: Path) -> None:
-    """Put weights, moments and optimizer step of `checkpoint` into a fresh engine; collective."""
-    meta = read_meta(checkpoint)
-    optimizer = engine.optimizer
-    _check_shapes(checkpoint, meta["shapes"], _shapes(engine))
-    if _is_stage3(optimizer):
-        optimizer.checkpoint_event_prologue()
-    pieces = Pieces(checkpoint)
-    for owned in owned_slices(optimizer):
-        for state in STATES:
-            target = owned.flat if state == "fp32" else _moment(optimizer, owned.flat, state)
-            view = target.detach()[owned.flat_offset : owned.flat_offset + owned.numel]
-            view.copy_(pieces.read(owned.name, state, owned.start, owned.numel))
-    _set_optimizer_step(optimizer, meta["optimizer_step"])
-    _refresh_compute_weights(optimizer)
-    if _is_stage3(optimizer):
-        optimizer.checkpoint_event_epilogue()
-    dist.barrier()
+def check_shapes(checkpoint: Path, saved: dict[str, list[int]], current: dict[str, list[int]]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        UserError: names the first parameter that differs.
+    """
+    if wrong := [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]:
+        name = wrong[0]
+        there_and_here = f"{saved.get(name)} there, {current.get(name)} here"
+        raise UserError(
+            f"checkpoint {checkpoint}: is of another model: shape of {name} is {there_and_here}; choose another --out"
+        )
+
+
+# Reading
 
 
 class Pieces:
-    """Random access to flattened parameters across the rank files of a checkpoint, memory-mapped."""
+    """Random access to flattened tensors across the rank files of a checkpoint, memory-mapped."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self._files = []
+        self._checkpoint = checkpoint
         self._where: dict[str, list[tuple[int, int, Any]]] = {}
+        self._constant: set[str] = set()
         for path in sorted(checkpoint.glob("rank-*.safetensors")):
             file = safe_open(path, framework="pt")
-            self._files.append(file)
+            self._constant |= {key.rpartition("|")[0] for key in file.keys() if key.endswith(f"|{CONSTANT}")}  # noqa: SIM118
             for name, (start, numel) in json.loads(file.metadata()["slices"]).items():
                 self._where.setdefault(name, []).append((start, numel, file))
 
     def read(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
-        """Elements [start, start + numel) of the flattened parameter `name`, fp32 [numel], on the CPU."""
-        out = torch.empty(numel, dtype=torch.float32)
-        found = 0
-        for piece_start, piece_numel, file in self._where.get(name, []):
+        """Elements [start, start + numel) of the flattened tensor `name`, on the CPU, in the dtype that was saved.
+
+        Raises:
+            UserError: the files do not hold all of them.
+        """
+        parts = []
+        expected = start
+        for piece_start, piece_numel, file in sorted(self._where.get(name, []), key=lambda found: found[0]):
             low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
-            if low < high:
-                part = file.get_slice(f"{name}|{state}")[low - piece_start : high - piece_start]
-                out[low - start : high - start] = part
-                found += high - low
-        if found != numel:
+            if low < high and low == expected:
+                parts.append(file.get_slice(f"{name}|{state}")[low - piece_start : high - piece_start])
+                expected = high
+        if expected != start + numel:
             raise UserError(
-                f"checkpoint: holds {found} of {numel} elements of {name}|{state} from {start}; it is damaged"
+                f"checkpoint {self._checkpoint}: holds {expected - start} of {numel} elements of {name}|{state} "
+                f"from {start}; it is damaged"
             )
-        return out
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def weights(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """A whole parameter (fp32 where it was trained) or buffer."""
+        state = CONSTANT if name in self._constant else STATES[0]
+        return self.read(name, state, 0, math.prod(shape)).reshape(tuple(shape))
 
 
-# DeepSpeed's optimizers
+# Bytes
 
 
-def owned_slices(optimizer: Any) -> Iterator[Slice]:
-    """What this rank owns of each parameter, for ZeRO-3 and for ZeRO-1/2."""
-    yield from _stage3_slices(optimizer) if _is_stage3(optimizer) else _stage12_slices(optimizer)
+def _file_parts(header: bytes, pieces: Sequence[Piece]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for piece in pieces:
+        for part in piece.tensor.split(CHUNK_BYTES // piece.tensor.element_size()):
+            yield memoryview(part.cpu().view(torch.uint8).numpy())
 
 
-def _stage3_slices(optimizer: Any) -> Iterator[Slice]:
-    rank = dist.get_rank(optimizer.dp_process_group)
-    for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-        offset = 0
-        for parameter in parameters:
-            per_rank = parameter.partition_numel()
-            start = rank * per_rank
-            numel = min(per_rank, parameter.ds_numel - start)  # the last ranks' partitions are padded, or empty
-            if numel > 0:
-                yield Slice(_name(optimizer.param_names[parameter]), start, numel, flat, offset)
-            offset += per_rank
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def _stage12_slices(optimizer: Any) -> Iterator[Slice]:
-    for parameters, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        for parameter in parameters:
-            if (mapping := parameter._hp_mapping) is not None:
-                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Slice(_name(optimizer.param_names[parameter]), low.start, low.numel, flat, high.start)
-
-
-def _is_stage3(optimizer: Any) -> bool:
-    return hasattr(optimizer, "fp32_partitioned_groups_flat")
-
-
-def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
-    """The flat fp32 tensors that this rank's optimizer steps."""
-    if _is_stage3(optimizer):
-        return optimizer.fp32_partitioned_groups_flat
-    return optimizer.single_partition_of_fp32_groups
-
-
-def _moment(optimizer: Any, flat: torch.Tensor, state: str) -> torch.Tensor:
-    states = optimizer.optimizer.state[flat]
-    if state not in states:  # a fresh optimizer creates its states at its first step
-        states[state] = torch.zeros_like(flat, requires_grad=False)
-    return states[state]
-
-
-def _optimizer_step(optimizer: Any) -> int:
-    states = optimizer.optimizer.state.get(flat_tensors(optimizer)[0], {})
-    return int(states.get("step", 0))
-
-
-def _set_optimizer_step(optimizer: Any, step: int) -> None:
-    counts_on_host = type(optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
-    for flat in flat_tensors(optimizer):
-        # one tensor each: torch's AdamW counts in place, and a shared one would count once per flat tensor
-        optimizer.optimizer.state[flat]["step"] = (
-            step if counts_on_host else torch.tensor(float(step), dtype=torch.float32, device=flat.device)
-        )
-
-
-def _refresh_compute_weights(optimizer: Any) -> None:
-    if not _is_stage3(optimizer):
-        optimizer.update_lp_params()
-        return
-    for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-        optimizer.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
-        parts = optimizer.unflatten(
-            optimizer.fp16_partitioned_groups_flat[index], optimizer.fp16_partitioned_groups[index]
-        )
-        for partition, part in zip(optimizer.fp16_partitioned_groups[index], parts, strict=True):
-            partition.data = part.data
-
-
-def _write_rank_file(engine: Any, path: Path) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    slices: dict[str, tuple[int, int]] = {}
-    for owned in owned_slices(engine.optimizer):
-        slices[owned.name] = (owned.start, owned.numel)
-        for state in STATES:
-            source = owned.flat if state == "fp32" else _moment(engine.optimizer, owned.flat, state)
-            view = source.detach()[owned.flat_offset : owned.flat_offset + owned.numel]
-            tensors[f"{owned.name}|{state}"] = view.to("cpu", torch.float32, copy=True)
-    save_file(tensors, path, metadata={"slices": json.dumps(slices)})
-    _sync(path)
-
-
-def _name(engine_name: str) -> str:
-    return engine_name.removeprefix(PREFIX)
-
-
-def _shapes(engine: Any) -> dict[str, list[int]]:
-    parameters = engine.module.named_parameters()
-    return {_name(name): list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in parameters}
-
-
-def _check_shapes(checkpoint: Path, saved: dict[str, list[int]], current: dict[str, list[int]]) -> None:
-    if wrong := [name for name in sorted(saved.keys() | current.keys()) if saved.get(name) != current.get(name)]:
-        name = wrong[0]
-        shapes = f"{saved.get(name)} there, {current.get(name)} here"
-        raise UserError(
-            f"checkpoint {checkpoint}: is of another model: shape of {name} is {shapes}; choose another --out"
-        )
-
-
-def _rank_file(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """Write and sync; returns the entry of the file: bytes and xxh3_128."""
+    text = (json.dumps(value, indent=1) + "\n").encode()
+    with path.open("wb") as file:
+        file.write(text)
+        file.flush()
         os.fsync(file.fileno())
+    return {"bytes": len(text), "xxh3_128": xxhash.xxh3_128(text).hexdigest()}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from sft.attention import choose_kernel, register
-from sft.checkpoint import flat_tensors
 from sft.config import RunConfig
 from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
 from sft.optim import build_optimizer
 from sft.ports import free_port
 from sft.pretrained import choose_dtype
+from sft.zero_state import flat_tensors
 
 OWNED_KEYS = (
     "train_batch_size",

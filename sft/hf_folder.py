@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sft.checkpoint import Pieces, read_meta
+from sft.checkpoint import Pieces, check_undamaged, read_meta
 from sft.errors import UserError
 from sft.pretrained import quiet_libraries
 from sft.progress import track
@@ -37,19 +38,27 @@ def export_checkpoint(checkpoint: Path, base: Path, out: Path, dtype: str = "aut
     """
     if out.exists():
         raise UserError(f"export {out}: exists; remove it or choose another --out")
+    check_undamaged(checkpoint)
     meta = read_meta(checkpoint)
     torch_dtype = DTYPES[meta["dtype"] if dtype == "auto" else dtype]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_config(base, partial, torch_dtype)
-    _copy_tokenizer(base, partial)
-    if template := meta["identity"]["chat_template"]:
-        (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
-    _write_generation_config(base, partial, meta["identity"]["stop_id"])
+    _write_small_files(base, partial, torch_dtype, meta["identity"])
     _write_weights(checkpoint, meta["shapes"], partial, torch_dtype, int(max_shard_gb * 1e9))
     _verify(checkpoint, meta["shapes"], partial, torch_dtype)
     os.replace(partial, out)
+
+
+def prove_export(base: Path, identity: dict[str, Any]) -> None:
+    """Write and load back all of an export but its weights: what cannot be saved shows before the first step.
+
+    Raises:
+        UserError: the base model's config, generation config or tokenizer cannot be carried over; says why.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _write_small_files(base, Path(folder), torch.bfloat16, identity)
+        _load_small_files(Path(folder), base)
 
 
 def verify_export(checkpoint: Path, folder: Path) -> None:
@@ -68,22 +77,22 @@ def _verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype:
     Raises:
         UserError: a tensor is missing, unexpected or different, or tokenizer or generation config do not load.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     quiet_libraries()
-    load_tokenizer(folder)
-    GenerationConfig.from_pretrained(folder)
+    _load_small_files(folder, folder)
     loading: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
     model, info = loading
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(f"export {folder}: does not load back: {len(wrong)} keys wrong, first {wrong[0]}")
-    loaded = dict(model.named_parameters())
+    loaded = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in shapes}
+    loaded |= dict(model.named_parameters())
     if differing := sorted(loaded.keys() ^ shapes.keys()):
         raise UserError(f"export {folder}: parameters differ from the checkpoint's, first {differing[0]}")
     for name, tensor in _tensors(checkpoint, shapes, list(shapes), dtype):
-        if loaded[name].dtype != dtype or not torch.equal(loaded[name].detach(), tensor):
+        if loaded[name].dtype != tensor.dtype or not torch.equal(loaded[name].detach(), tensor):
             raise UserError(f"export {folder}: {name} loads back different from {checkpoint}; remove the folder")
 
 
@@ -120,7 +129,29 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     pieces = Pieces(checkpoint)
     for name in names:
-        yield name, pieces.read(name, "fp32", 0, math.prod(shapes[name])).reshape(shapes[name]).to(dtype)
+        tensor = pieces.weights(name, shapes[name])
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_small_files(base: Path, out: Path, dtype: torch.dtype, identity: dict[str, Any]) -> None:
+    _write_config(base, out, dtype)
+    _copy_tokenizer(base, out)
+    if template := identity["chat_template"]:
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_generation_config(base, out, identity["stop_id"])
+
+
+def _load_small_files(folder: Path, named: Path) -> None:
+    """Load all but the weights with transformers; a failure names the folder `named`."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model {named}: its config or generation_config.json cannot be exported: {reason}") from error
+    load_tokenizer(folder)
 
 
 def _write_config(base: Path, out: Path, dtype: torch.dtype) -> None:

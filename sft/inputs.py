@@ -15,6 +15,7 @@ from sft.engine import read_strategy
 from sft.errors import UserError
 from sft.model import check_context, read_model_config
 from sft.order import steps_per_epoch
+from sft.retention import check_disk
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -62,6 +63,14 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         heldout = _open_shards("data.heldout", config.data.heldout, tokenizer, model_config, config.model.path)
     epoch = steps_per_epoch(len(train), config.batch.rows_per_step)
     total = config.train.max_steps or config.train.epochs * epoch
+    check_disk(
+        Path(config.out),
+        Path(config.model.path),
+        config.checkpoint,
+        total,
+        heldout=heldout is not None,
+        export_itemsize=4 if config.model.precision == "fp32" else 2,
+    )
     return RunInputs(
         train=train,
         heldout=heldout,

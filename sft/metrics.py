@@ -14,10 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft.config import RunConfig
+from sft.errors import GuardStop, Preempted, RankLost, UserError
 from sft.settings import redact
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 """Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets; the SXM variant where there are several."""
+
+ENDINGS: dict[type[BaseException], str] = {Preempted: "preempt", GuardStop: "guard_stop", RankLost: "rank_lost"}
+"""Events of the endings that are no mistake and no crash; those are the event `error`."""
+END_EVENTS = {*ENDINGS.values(), "error", "finish", "stop", "unseen_end"}
 
 SECONDS_BETWEEN_LINES = 2.0
 """Without a terminal, at most one step is printed in this time; metrics.jsonl has them all."""
@@ -61,6 +66,7 @@ class Recorder:
         self._progress = _progress_bar(self._console) if is_writer and sys.stdout.isatty() else None
         self._total_steps = total_steps
         self._said_s = float("-inf")
+        self._step = 0
         if is_writer:
             self._start_trackers(config)
 
@@ -68,6 +74,10 @@ class Recorder:
         if self._progress:
             self._progress.start()
             self._task = self._progress.add_task("train", total=self._total_steps, status="")
+        events = _read(self._out / "events.jsonl")
+        if events and events[-1].get("event") not in END_EVENTS:
+            last = f"after event {events[-1].get('event')} nothing was recorded: killed, or the host was lost"
+            self.event("unseen_end", events[-1].get("step", 0), reason=last)
         return self
 
     def __exit__(
@@ -75,6 +85,8 @@ class Recorder:
     ) -> None:
         if self._progress:
             self._progress.stop()
+        if error is not None and not isinstance(error, RankLost):  # of a lost rank the watchdog has told
+            self.event(ENDINGS.get(type(error), "error"), self._step, reason=_first_line(error))
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
         if self._tensorboard is not None:
@@ -85,23 +97,38 @@ class Recorder:
         if self._is_writer:
             self._console.print(line, markup=False)
 
+    def warn(self, kind: str, line: str, step: int = 0, **facts: Any) -> None:
+        """A line that nobody should miss, and its event."""
+        if self._is_writer:
+            self._console.print(f"WARNING: {line}", style="bold red", markup=False)
+        self.event(kind, step, **{"reason": line, **facts})
+
+    def last_words(self, reason: str) -> None:
+        """The event of a lost rank; by whichever rank the watchdog has chosen, for rank 0 may be the lost one."""
+        self._append("events.jsonl", _stamped("rank_lost", self._step, {"reason": reason}))
+
+    def history(self) -> list[tuple[int, float, float]]:
+        """(step, loss, gradient norm) of the updates that metrics.jsonl tells of; empty on ranks other than 0."""
+        lines = _read(self._out / "metrics.jsonl") if self._is_writer else []
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line.get("applied")]
+
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """One line in events.jsonl: start, resume, save, evaluate, skip, finish, ... with its facts."""
         if self._is_writer:
-            self._append("events.jsonl", {"time": round(time.time(), 3), "event": kind, "step": step, **facts})
+            self._append("events.jsonl", _stamped(kind, step, facts))
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl per optimizer step, the progress bar or one plain line, and the trackers."""
         if not self._is_writer:
             return
         self._append("metrics.jsonl", values)
-        step = values["step"]
+        step = self._step = values["step"]
         if self._progress:
             self._progress.update(self._task, completed=step, status=_short_status(values))
         elif step in (1, self._total_steps) or time.monotonic() - self._said_s >= SECONDS_BETWEEN_LINES:
             self._said_s = time.monotonic()
             self._console.print(f"step {step}/{self._total_steps}  {_status_line(values)}", markup=False)
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        numbers = _flat_numbers(values)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
         if self._tensorboard is not None:
@@ -110,6 +137,7 @@ class Recorder:
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that a resume will run again, so that each step has one line."""
+        self._step = step
         path = self._out / "metrics.jsonl"
         if self._is_writer and path.is_file():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
@@ -139,6 +167,32 @@ class Recorder:
             self._tensorboard = SummaryWriter(str(self._out / "tensorboard"))
 
 
+def _stamped(kind: str, step: int, facts: dict[str, Any]) -> dict[str, Any]:
+    return {"time": round(time.time(), 3), "event": kind, "step": step, **facts}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON lines file, none where there is no file; a last line that a crash cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, UserError | Preempted | GuardStop) else f"{type(error).__name__}: {text}"
+
+
+def _flat_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """What trackers draw; {"loss_by_source": {"a": 1.0}} becomes {"loss_by_source/a": 1.0}."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found[prefix + name] = value
+    return found
+
+
 def _step_of(line: str) -> float:
     """Step of a line of metrics.jsonl; beyond all steps for a line that a crash cut short."""
     try:
@@ -156,7 +210,7 @@ def _finite(value: Any) -> Any:
 
 def _status_line(values: dict[str, Any]) -> str:
     if values["loss"] is None:
-        return "no labels in this step, nothing done"
+        return "passed over"
     parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"grad norm {values['grad_norm']:.3f}"]
     parts += [f"{values['tokens_per_s']:,.0f} tokens/s"]
     if values["mfu"] is not None:
@@ -166,7 +220,7 @@ def _status_line(values: dict[str, Any]) -> str:
 
 def _short_status(values: dict[str, Any]) -> str:
     """What fits beside the bar in 80 columns; metrics.jsonl has the rest."""
-    loss = "no labels" if values["loss"] is None else f"loss {values['loss']:.4f}"
+    loss = "passed over" if values["loss"] is None else f"loss {values['loss']:.4f}"
     return f"{loss}  {values['tokens_per_s']:,.0f} tokens/s"
 
 

@@ -5,30 +5,27 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+import psutil
 import torch.distributed as dist
 
-from data_prep.shards import Shards
-from sft import batch, checkpoint, order, schedule
+from sft import checkpoint, resume, rollback
 from sft.config import RunConfig
-from sft.engine import (
-    Numerics,
-    build_engine,
-    choose_numerics,
-    data_parallel_size,
-    dtype_table,
-    start_distributed,
-)
-from sft.errors import UserError, run_rank
-from sft.guard import SkipCounter
-from sft.hf_folder import export_checkpoint, verify_export
+from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
+from sft.errors import Preempted, UserError, run_rank
+from sft.guard import Guard, Spike
+from sft.hf_folder import export_checkpoint, prove_export, verify_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
 from sft.isolation import prove_isolation
-from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.metrics import Recorder
+from sft.preemption import StopRequest
+from sft.saver import Saver
 from sft.settings import load, to_yaml
+from sft.step import Run, heldout_loss, train_step, training_flops_per_token
+from sft.watchdog import Watchdog
+
+LOADING_LIMIT_S = 3600.0
+"""A model or checkpoint that has not been read or written after an hour will not be."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,145 +34,154 @@ def main(argv: Sequence[str]) -> None:
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
     device = start_distributed()
+    stop = StopRequest(ends_at_s(config.max_hours))
+    stop.listen()
     is_writer = dist.get_rank() == 0
-    newest = agree(find_resume(config, inputs))
-    finished = newest is not None and steps_of(newest) == inputs.total_steps
+    finished = steps_of(resume.agree(find_resume(config, inputs))) == inputs.total_steps
     if not finished:
         numerics = choose_numerics(config, device, inputs.model_config["model_type"])
         write_config(config, out)
-        with Recorder(config, out, is_writer, inputs.total_steps) as recorder:
-            train(config, inputs, numerics, out, recorder, newest)
+        with (
+            Recorder(config, out, is_writer, inputs.total_steps) as recorder,
+            watch_over(config, out, recorder) as watch,
+        ):
+            train(start_up(config, inputs, numerics, out, recorder, watch, stop))
+    stop.end_at_once()
     dist.destroy_process_group()  # what follows is rank 0's alone: nobody waits for it in a collective
     if is_writer:
         finish(config, inputs, out, already=finished)
 
 
-def train(
-    config: RunConfig, inputs: RunInputs, numerics: Numerics, out: Path, recorder: Recorder, newest: Path | None
-) -> None:
-    """From the base model, or the checkpoint `newest`, to the last checkpoint."""
-    engine = build_engine(config, inputs.strategy, numerics)
-    run = Run(config, inputs, numerics, engine, out, recorder, training_flops_per_token(engine, inputs))
-    announce(run)
-    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
-    skips = SkipCounter()
-    for step in range(start_from(run, newest), inputs.last_step):
-        metrics = train_step(run, step)
-        if metrics["label_tokens"]:
-            skips.update(metrics["applied"], step + 1)
-        done = step + 1
-        saving = done == inputs.last_step or done % config.checkpoint.every == 0
-        if inputs.heldout is not None and (saving or done % config.eval.every == 0):
-            metrics["heldout_loss"] = heldout_loss(run, inputs.heldout)
-            recorder.event("evaluate", done, heldout_loss=metrics["heldout_loss"])
+def train(run: Run) -> None:
+    """From the base model, or the newest checkpoint, to the last step, or until the run is asked to stop."""
+    config, inputs, recorder = run.config, run.inputs, run.recorder
+    step = start_from(run)
+    guard = Guard(config.guard, inputs.steps_per_epoch, resume.from_first_rank(recorder.history()))
+    passed_over = rollback.passed_over(run.out)
+    while step < inputs.last_step and run.stop.reason is None:
+        metrics = train_step(run, step, passed_over.get(step + 1))
+        if metrics is None:
+            break
+        step += 1
+        saving = step == inputs.last_step or step % config.checkpoint.every == 0
+        if inputs.heldout is not None and (saving or step % config.eval.every == 0):
+            metrics["heldout_loss"] = heldout_loss(run, step)
+            recorder.event("evaluate", step, heldout_loss=metrics["heldout_loss"])
         recorder.metrics(metrics)
-        if saving:
-            save(run, done, metrics.get("heldout_loss"))
-    recorder.event("finish" if inputs.last_step == inputs.total_steps else "stop", inputs.last_step)
+        spike = guard.judge(step, metrics["loss"], metrics["grad_norm"], metrics["applied"])
+        if spike is not None and (earlier := undo(run, spike)) is not None:
+            step = earlier
+            guard.forget_after(step)
+            passed_over = rollback.passed_over(run.out)
+        elif saving:
+            run.watch.mark("saving", step, LOADING_LIMIT_S)
+            run.saver.begin(step, metrics.get("heldout_loss"))
+    leave(run, step)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What every phase of a run needs; made once, never changed."""
+def start_up(
+    config: RunConfig,
+    inputs: RunInputs,
+    numerics: Numerics,
+    out: Path,
+    recorder: Recorder,
+    watch: Watchdog,
+    stop: StopRequest,
+) -> Run:
+    """Load the model, say what is about to happen, and prove that packs are isolated."""
+    watch.mark("loading the model", 0, LOADING_LIMIT_S)
+    engine = build_engine(config, inputs.strategy, numerics)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    identities = identity(config, inputs)
+    saver = Saver(engine, out / "checkpoints", identities, config.checkpoint, local_ranks, recorder.event)
+    stop.allow_for(lambda: saver.expected_s)
+    run = Run(
+        config, inputs, numerics, engine, out, recorder, watch, stop, saver, training_flops_per_token(engine, inputs)
+    )
+    announce(run)
+    watch.mark("isolation probe", 0, LOADING_LIMIT_S)
+    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
+    if dist.get_rank() == 0:
+        prove_export(Path(config.model.path), identities)
+    return run
 
-    config: RunConfig
-    inputs: RunInputs
-    numerics: Numerics
-    engine: Any
-    out: Path
-    recorder: Recorder
-    flops_per_token: float
-    """See sft.metrics.flops_per_token."""
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of this run's checkpoints."""
-        return self.out / "checkpoints"
+def start_from(run: Run) -> int:
+    """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
+    recorder = run.recorder
+    for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
+        recorder.warn("torn", f"checkpoint {torn} is not complete and will not be used", checkpoint=str(torn))
+
+    def tell(what: str, aside: Path) -> None:
+        recorder.warn("damaged", what, checkpoint=str(aside))
+
+    run.watch.mark("loading the checkpoint", 0, LOADING_LIMIT_S)
+    newest = resume.choose(lambda: find_resume(run.config, run.inputs), tell)
+    step = steps_of(newest)
+    if newest is not None:
+        resume.load(run.engine, newest)
+        recorder.say(f"resumed from {newest}")
+    recorder.forget_after(step)
+    run.saver.step = step
+    facts = {"checkpoint": str(newest)} if newest else {"identity": identity(run.config, run.inputs)}
+    recorder.event("resume" if newest else "start", step, world_size=run.inputs.world_size, **facts)
+    return step
 
 
-def train_step(run: Run, step: int) -> dict[str, Any]:
-    """One optimizer step (0-based `step`): loss = sum of token losses / labels of the whole step, over all ranks.
+def undo(run: Run, spike: Spike) -> int | None:
+    """Record a loss spike and, where the run is set to, go back before it; returns the step that was gone back to."""
+    run.recorder.warn("spike", str(spike), step=spike.step, **dataclasses.asdict(spike))
+    if run.config.guard.on_spike == "record":
+        return None
+    run.saver.finish()
+    saved = rollback.prepare(run.out, run.checkpoints, spike, run.config.guard.max_rollbacks)
+    if saved is None:
+        run.recorder.warn("no_rollback", "no checkpoint from before the spike: training goes on", step=spike.step)
+        return None
+    run.watch.mark("loading the checkpoint", spike.step, LOADING_LIMIT_S)
+    resume.load(run.engine, saved)
+    run.recorder.warn("rollback", f"back to {saved}; the packs that led to the spike are passed over", step=spike.step)
+    run.saver.step = steps_of(saved)
+    run.recorder.forget_after(run.saver.step)
+    return run.saver.step
 
-    The denominator is read from the shards before the first backward. One host sync, at the end.
+
+def leave(run: Run, step: int) -> None:
+    """Save what is not saved yet, and record why the run ends here.
+
+    Raises:
+        Preempted: it was asked to stop before its last step.
     """
-    started = time.perf_counter()
-    config, shards, engine = run.config, run.inputs.train, run.engine
-    rows = order.step_rows(config.data.seed, step, len(shards), config.batch.rows_per_step)
-    labels, tokens = batch.num_labels(shards, rows), batch.num_tokens(shards, rows)
-    lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    if labels == 0:  # nothing to learn from: without this, decay and momentum would still move the weights
-        run.recorder.event("skip", step + 1, reason="no labels in this step")
-        return step_metrics(run, step, None, None, lr, tokens, labels, started, applied=False)
-    scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
-    loss_sum = torch.zeros((), dtype=torch.float32, device=run.numerics.device)
-    engine.train()
-    for part in order.cut(rows, dist.get_rank(), dist.get_world_size(), config.batch.micro_batch):
-        loss, _ = engine(batch.from_shards(shards, part, run.numerics.device))
-        loss_sum += loss.detach()
-        engine.backward(loss * scale, scale_wrt_gas=False)
-    engine.step()
-    dist.all_reduce(loss_sum)
-    applied = engine.was_step_applied()
-    if not applied:
-        run.recorder.event("skip", step + 1, reason="non-finite gradient", doc_ids=document_ids(run, rows))
-    norm = float(engine.get_global_grad_norm())
-    return step_metrics(run, step, loss_sum.item() / labels, norm, lr, tokens, labels, started, applied=applied)
+    run.watch.mark("saving", step, LOADING_LIMIT_S)
+    if step != run.saver.step:
+        run.saver.begin(step, None)
+    run.saver.finish()
+    run.saver.close()
+    run.stop.close()
+    if step < run.inputs.last_step:
+        saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
+        raise Preempted(f"{run.stop.reason}; {saved}; run the same command again to go on")
+    run.recorder.event("finish" if step == run.inputs.total_steps else "stop", step)
 
 
-def step_metrics(
-    run: Run,
-    step: int,
-    loss: float | None,
-    norm: float | None,
-    lr: float,
-    tokens: int,
-    labels: int,
-    started: float,
-    *,
-    applied: bool,
-) -> dict[str, Any]:
-    """The line of metrics.jsonl; what is logged is what was optimised, None where nothing was."""
-    step_time_s = time.perf_counter() - started
-    tokens_per_s = tokens / step_time_s
-    peak = peak_flops(run.numerics.device)
-    on_gpu = run.numerics.device.type == "cuda"
-    return {
-        "step": step + 1,
-        "epoch": round((step + 1) / run.inputs.steps_per_epoch, 4),
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": norm,
-        "tokens": tokens,
-        "label_tokens": labels,
-        "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak else None,
-        "step_time_s": step_time_s,
-        "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        "applied": applied,
-    }
+def watch_over(config: RunConfig, out: Path, recorder: Recorder) -> Watchdog:
+    """The watchdog of this run."""
+    limits = config.guard
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Watchdog(rank, world_size, limits.lost_after_s, limits.hang_after_s, recorder.last_words, out / "stacks")
 
 
-def heldout_loss(run: Run, shards: Shards) -> float:
-    """Mean loss per label over the held-out packs; every rank runs the same number of forwards."""
-    world_size, micro_batch = dist.get_world_size(), run.config.batch.micro_batch
-    rows = order.pad(np.arange(len(shards)), world_size * micro_batch)
-    total = torch.zeros((), dtype=torch.float64, device=run.numerics.device)
-    run.engine.eval()
-    with torch.no_grad():
-        for part in order.cut(rows, dist.get_rank(), world_size, micro_batch):
-            loss, _ = run.engine(batch.from_shards(shards, part, run.numerics.device))
-            total += loss
-    dist.all_reduce(total)
-    return total.item() / batch.num_labels(shards, rows)
+def ends_at_s(max_hours: float | None) -> float | None:
+    """time.monotonic() of the end of the job's time, which began with this process."""
+    if max_hours is None:
+        return None
+    age_s = time.time() - psutil.Process().create_time()
+    return time.monotonic() - age_s + max_hours * 3600
 
 
-def agree(newest: Path | None) -> Path | None:
-    """Rank 0's answer on every rank: on a network file system the others may see an older folder."""
-    answer = [str(newest) if newest else None]
-    dist.broadcast_object_list(answer)
-    return Path(answer[0]) if answer[0] else None
+def steps_of(saved: Path | None) -> int:
+    """Optimizer steps after which a checkpoint was written; 0 for none."""
+    return 0 if saved is None else int(checkpoint.read_meta(saved)["step"])
 
 
 def write_config(config: RunConfig, out: Path) -> None:
@@ -195,37 +201,6 @@ def write_config(config: RunConfig, out: Path) -> None:
         )
 
 
-def start_from(run: Run, newest: Path | None) -> int:
-    """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
-    for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
-        run.recorder.say(f"not complete, left alone: {torn}")
-    step = 0
-    if newest is not None:
-        step = steps_of(newest)
-        checkpoint.load(run.engine, newest)
-        run.recorder.say(f"resumed from {newest}")
-    run.recorder.forget_after(step)
-    facts = {"checkpoint": str(newest)} if newest else {"identity": identity(run.config, run.inputs)}
-    run.recorder.event("resume" if newest else "start", step, world_size=run.inputs.world_size, **facts)
-    return step
-
-
-def steps_of(saved: Path) -> int:
-    """Optimizer steps after which a checkpoint was written."""
-    return int(checkpoint.read_meta(saved)["step"])
-
-
-def save(run: Run, step: int, heldout: float | None) -> None:
-    """Checkpoint, then delete what retention no longer wants: never before the new one is complete."""
-    started = time.perf_counter()
-    checkpoint.save(run.engine, run.checkpoints, step, identity(run.config, run.inputs), heldout)
-    run.recorder.event("save", step, save_time_s=round(time.perf_counter() - started, 3))
-    if dist.get_rank() == 0:
-        retention = run.config.checkpoint
-        for dropped in checkpoint.prune(run.checkpoints, retention.keep_last, retention.keep_best):
-            run.recorder.event("delete", step, checkpoint=str(dropped))
-
-
 def announce(run: Run) -> None:
     """Say what is about to happen: the batch arithmetic, and what is held in which precision."""
     numerics = run.numerics
@@ -233,6 +208,7 @@ def announce(run: Run) -> None:
     lines += [f"{what:<24} {dtype}" for what, dtype in dtype_table(run.engine).items()]
     kernels = "liger" if numerics.liger else "torch"
     lines += [f"device {numerics.device.type}, attention {numerics.attention}, kernels {kernels}"]
+    lines += [f"checkpoints     {run.saver.describe()}"]
     for line in lines:
         run.recorder.say(line)
 
@@ -251,20 +227,6 @@ def finish(config: RunConfig, inputs: RunInputs, out: Path, *, already: bool) ->
     else:
         export_checkpoint(last, Path(config.model.path), export)
     print(f"model: {export} (loaded back with transformers, every tensor equal to the checkpoint)")
-
-
-def document_ids(run: Run, rows: order.Rows) -> list[int]:
-    """Input rows of every document of a step: what to look at when its gradient is not finite."""
-    return [int(doc) for row in rows if row != order.FILLER for doc in run.inputs.train.pack(int(row)).doc_ids]
-
-
-def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
-    """FLOPs of one token on this data: attention is charged for the real document lengths."""
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))]).astype(float)
-    totals = inputs.train.manifest["totals"]
-    attention_length = float((sample**2).sum() / sample.sum())
-    return flops_per_token(inputs.model_config, num_parameters, attention_length, totals["labels"] / totals["tokens"])
 
 
 if __name__ == "__main__":

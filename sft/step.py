@@ -1,0 +1,208 @@
+"""One optimizer step, and the held-out loss: what every rank does together, with one host sync at the end."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sft import batch, order, schedule
+from sft.config import RunConfig
+from sft.engine import Numerics, data_parallel_size
+from sft.inputs import RunInputs
+from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.preemption import StopRequest
+from sft.saver import Saver
+from sft.watchdog import Watchdog
+
+SAVING_LIMIT_S = 3600.0
+"""A checkpoint that is not on the disk after an hour will not be."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every phase of a run needs; made once, never changed."""
+
+    config: RunConfig
+    inputs: RunInputs
+    numerics: Numerics
+    engine: Any
+    out: Path
+    recorder: Recorder
+    watch: Watchdog
+    stop: StopRequest
+    saver: Saver
+    flops_per_token: float
+    """See sft.metrics.flops_per_token."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this run's checkpoints."""
+        return self.out / "checkpoints"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all ranks."""
+
+    loss: float
+    loss_by_source: list[float]
+    tokens_by_source: list[float]
+    labels_by_source: list[float]
+    saved: bool
+    """Every rank has written its part of the checkpoint that is under way."""
+
+
+def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, Any] | None:
+    """One optimizer step (0-based `step`): loss = sum of token losses / labels of the whole step, over all ranks.
+
+    The denominator is read from the shards before the first backward. With `pass_over`, a reason, nothing is updated.
+
+    Returns:
+        The line of metrics.jsonl; None where the run was asked to stop: nothing was updated then.
+    """
+    started_s = time.perf_counter()
+    config, shards, engine = run.config, run.inputs.train, run.engine
+    rows = order.step_rows(config.data.seed, step, len(shards), config.batch.rows_per_step)
+    labels = batch.num_labels(shards, rows)
+    lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    if pass_over is None and labels == 0:  # decay and momentum would still move the weights
+        pass_over = "no labels in this step"
+    if pass_over is not None:
+        return None if run.stop.agreed() else step_passed_over(run, step, rows, lr, pass_over)
+    scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
+    parts = order.cut(rows, dist.get_rank(), dist.get_world_size(), config.batch.micro_batch)
+    losses, by_source = [], torch.zeros(len(shards.manifest["sources"]), device=run.numerics.device)
+    engine.train()
+    for part in parts:
+        if run.stop.agreed():
+            return None
+        run.watch.mark("forward and backward", step + 1)
+        loss, part_by_source = engine(batch.from_shards(shards, part, run.numerics.device))
+        engine.backward(loss * scale, scale_wrt_gas=False)
+        losses.append(loss.detach())
+        by_source += part_by_source
+    run.watch.mark("waiting for a checkpoint", step + 1, SAVING_LIMIT_S)
+    run.saver.before_update()
+    run.watch.mark("update", step + 1)
+    engine.step()
+    totals = reduce_step(run, parts, torch.stack(losses), by_source)
+    applied = engine.was_step_applied()
+    if not applied:
+        record_not_finite(run, step, parts, losses)
+    if totals.saved:
+        run.saver.publish()
+    norm = float(engine.get_global_grad_norm())
+    facts = {"loss": totals.loss / labels, "lr": lr, "grad_norm": norm, "applied": applied}
+    return step_metrics(run, step, rows, started_s, facts) | source_metrics(run, totals)
+
+
+def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: str) -> dict[str, Any]:
+    """Pass over the packs of a step without an update; its number, learning rate and packs are used up."""
+    run.recorder.event("skip", step + 1, reason=reason)
+    facts = {"loss": None, "lr": lr, "grad_norm": None, "applied": False}
+    return step_metrics(run, step, rows, time.perf_counter(), facts)
+
+
+def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor) -> Totals:
+    """Everything that the ranks must agree on after a step: one all-reduce, one host sync."""
+    device = run.numerics.device
+    counts_2S = torch.from_numpy(batch.source_counts(run.inputs.train, np.concatenate(parts)).astype(np.float64))
+    flags = torch.tensor([float(run.saver.is_written()), *run.stop.own_request()], dtype=torch.float64)
+    vector = torch.cat(
+        [losses.sum(dtype=torch.float64)[None], by_source_S.double(), counts_2S.flatten().to(device), flags.to(device)]
+    )
+    dist.all_reduce(vector)
+    loss, *rest, written, asked, code = vector.tolist()
+    run.stop.learn(asked, code)
+    count = len(by_source_S)
+    saved = written == dist.get_world_size()
+    return Totals(loss, rest[:count], rest[count : 2 * count], rest[2 * count :], saved)
+
+
+def record_not_finite(run: Run, step: int, parts: list[order.Rows], losses: list[torch.Tensor]) -> None:
+    """Name the documents whose loss was not finite; all of the step's where only the gradient was not. Collective."""
+    own = [int(row) for part, loss in zip(parts, losses, strict=True) if not torch.isfinite(loss) for row in part]
+    found: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    rows = sorted({row for rank_rows in found for row in rank_rows} - {order.FILLER})
+    reason = "loss is not finite"
+    if not rows:
+        config = run.config
+        reason = "gradient is not finite, though every loss is"
+        rows = list(order.step_rows(config.data.seed, step, len(run.inputs.train), config.batch.rows_per_step))
+    run.recorder.event("skip", step + 1, reason=reason, doc_ids=document_ids(run, np.array(rows)))
+
+
+def step_metrics(run: Run, step: int, rows: order.Rows, started_s: float, facts: dict[str, Any]) -> dict[str, Any]:
+    """The line of metrics.jsonl; what is logged is what was optimised, None where nothing was."""
+    tokens, labels = batch.num_tokens(run.inputs.train, rows), batch.num_labels(run.inputs.train, rows)
+    step_time_s = time.perf_counter() - started_s
+    tokens_per_s = tokens / step_time_s
+    peak = peak_flops(run.numerics.device)
+    on_gpu = run.numerics.device.type == "cuda"
+    return {
+        "step": step + 1,
+        "epoch": round((step + 1) / run.inputs.steps_per_epoch, 4),
+        **facts,
+        "tokens": tokens,
+        "label_tokens": labels,
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak else None,
+        "step_time_s": step_time_s,
+        "save_stall_s": run.saver.take_stall_s(),
+        "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+    }
+
+
+def source_metrics(run: Run, totals: Totals) -> dict[str, Any]:
+    """Of each data source that had a part in the step: mean loss per label, and its share of the step's tokens."""
+    names = [source["name"] for source in run.inputs.train.manifest["sources"]]
+    all_tokens = sum(totals.tokens_by_source)
+    sums = zip(names, totals.loss_by_source, totals.tokens_by_source, totals.labels_by_source, strict=True)
+    present = [(name, loss, tokens, labels) for name, loss, tokens, labels in sums if tokens]
+    return {
+        "loss_by_source": {name: loss / labels if labels else None for name, loss, _, labels in present},
+        "token_share_by_source": {name: tokens / all_tokens for name, _, tokens, _ in present},
+    }
+
+
+def heldout_loss(run: Run, step: int) -> float | None:
+    """Mean loss per label over the held-out packs; every rank runs the same number of forwards.
+
+    Returns:
+        None where the run was asked to stop meanwhile.
+    """
+    shards = run.inputs.heldout
+    assert shards is not None
+    world_size, micro_batch = dist.get_world_size(), run.config.batch.micro_batch
+    rows = order.pad(np.arange(len(shards)), world_size * micro_batch)
+    total = torch.zeros((), dtype=torch.float64, device=run.numerics.device)
+    run.engine.eval()
+    with torch.no_grad():
+        for part in order.cut(rows, dist.get_rank(), world_size, micro_batch):
+            if run.stop.agreed():
+                return None
+            run.watch.mark("held-out loss", step)
+            total += run.engine(batch.from_shards(shards, part, run.numerics.device))[0]
+    dist.all_reduce(total)
+    return total.item() / batch.num_labels(shards, rows)
+
+
+def document_ids(run: Run, rows: order.Rows) -> list[int]:
+    """Input rows of every document in these packs: what to look at when their loss is not finite."""
+    return [int(doc) for row in rows if row != order.FILLER for doc in run.inputs.train.pack(int(row)).doc_ids]
+
+
+def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
+    """FLOPs of one token on this data: attention is charged for the real document lengths."""
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))]).astype(float)
+    totals = inputs.train.manifest["totals"]
+    attention_length = float((sample**2).sum() / sample.sum())
+    return flops_per_token(inputs.model_config, num_parameters, attention_length, totals["labels"] / totals["tokens"])
