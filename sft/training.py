@@ -1,0 +1,233 @@
+"""The course of a training run: start-up, the loop, saving, going back, the end."""
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+from sft import checkpoint, resume, rollback
+from sft.config import RunConfig
+from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
+from sft.errors import Preempted, UserError
+from sft.guard import Guard, Spike
+from sft.hf_folder import export_checkpoint, prove_export, verify_export
+from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
+from sft.isolation import prove_isolation
+from sft.metrics import Recorder
+from sft.preemption import StopRequest
+from sft.saver import Saver
+from sft.settings import to_yaml
+from sft.signals import Inbox
+from sft.step import Run, heldout_loss, train_step, training_flops_per_token
+from sft.watchdog import Watchdog
+
+LOADING_LIMIT_S = 3600.0
+"""A model or checkpoint that has not been read or written after an hour will not be."""
+
+
+def run_training(config: RunConfig, inbox: Inbox) -> None:
+    """Train, or resume, the run that `config` describes; at its end, export the model."""
+    inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    out = run_folder(config)
+    device = start_distributed()
+    stop = StopRequest(inbox, ends_at_s(config.max_hours))
+    is_writer = dist.get_rank() == 0
+    finished = steps_of(resume.agree(find_resume(config, inputs))) == inputs.total_steps
+    if not finished:
+        numerics = choose_numerics(config, device, inputs.model_config["model_type"])
+        write_config(config, out)
+        with (
+            Recorder(config, out, is_writer, inputs.total_steps) as recorder,
+            watch_over(config, out, recorder) as watch,
+        ):
+            train(start_up(config, inputs, numerics, out, recorder, watch, stop))
+    inbox.end_at_once()
+    dist.destroy_process_group()  # what follows is rank 0's alone: nobody waits for it in a collective
+    if is_writer:
+        finish(config, inputs, out, already=finished)
+
+
+def train(run: Run) -> None:
+    """From the base model, or the newest checkpoint, to the last step, or until the run is asked to stop."""
+    config, inputs, recorder = run.config, run.inputs, run.recorder
+    step = start_from(run)
+    guard = Guard(config.guard, inputs.steps_per_epoch, resume.from_first_rank(recorder.history()))
+    passed_over = rollback.passed_over(run.out)
+    while step < inputs.last_step and run.stop.reason is None:
+        metrics = train_step(run, step, passed_over.get(step + 1))
+        if metrics is None:
+            break
+        step += 1
+        saving = step == inputs.last_step or step % config.checkpoint.every == 0
+        if inputs.heldout is not None and (saving or step % config.eval.every == 0):
+            metrics["heldout_loss"] = heldout_loss(run, step)
+            recorder.event("evaluate", step, heldout_loss=metrics["heldout_loss"])
+        recorder.metrics(metrics)
+        spike = guard.judge(step, metrics["loss"], metrics["grad_norm"], metrics["applied"])
+        if spike is not None and (earlier := undo(run, spike)) is not None:
+            step = earlier
+            guard.forget_after(step)
+            passed_over = rollback.passed_over(run.out)
+        elif saving:
+            run.watch.mark("saving", step, LOADING_LIMIT_S)
+            run.saver.begin(step, metrics.get("heldout_loss"))
+    leave(run, step)
+
+
+def start_up(
+    config: RunConfig,
+    inputs: RunInputs,
+    numerics: Numerics,
+    out: Path,
+    recorder: Recorder,
+    watch: Watchdog,
+    stop: StopRequest,
+) -> Run:
+    """Load the model, say what is about to happen, and prove that packs are isolated.
+
+    Raises:
+        Preempted: the run was asked to stop meanwhile.
+    """
+    if stop.settle():
+        raise Preempted(f"{stop.reason} before the first step; run the same command again to go on")
+    watch.mark("loading the model", 0, LOADING_LIMIT_S)
+    engine = build_engine(config, inputs.strategy, numerics)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    identities = identity(config, inputs)
+    saver = Saver(engine, out / "checkpoints", identities, config.checkpoint, local_ranks, recorder.event)
+    stop.allow_for(lambda: saver.expected_s)
+    run = Run(
+        config, inputs, numerics, engine, out, recorder, watch, stop, saver, training_flops_per_token(engine, inputs)
+    )
+    announce(run)
+    watch.mark("isolation probe", 0, LOADING_LIMIT_S)
+    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
+    if dist.get_rank() == 0:
+        prove_export(Path(config.model.path), identities)
+    return run
+
+
+def start_from(run: Run) -> int:
+    """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
+    recorder = run.recorder
+    for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
+        recorder.warn("torn", f"checkpoint {torn} is not complete and will not be used", checkpoint=str(torn))
+
+    def tell(what: str, aside: Path) -> None:
+        recorder.warn("damaged", what, checkpoint=str(aside))
+
+    run.watch.mark("loading the checkpoint", 0, LOADING_LIMIT_S)
+    newest = resume.choose(lambda: find_resume(run.config, run.inputs), tell)
+    step = steps_of(newest)
+    if newest is not None:
+        resume.load(run.engine, newest)
+        recorder.say(f"resumed from {newest}")
+    recorder.forget_after(step)
+    run.saver.step = step
+    facts = {"checkpoint": str(newest)} if newest else {"identity": identity(run.config, run.inputs)}
+    recorder.event("resume" if newest else "start", step, world_size=run.inputs.world_size, **facts)
+    return step
+
+
+def undo(run: Run, spike: Spike) -> int | None:
+    """Record a loss spike and, where the run is set to, go back before it; returns the step that was gone back to."""
+    run.recorder.warn("spike", str(spike), step=spike.step, **dataclasses.asdict(spike))
+    if run.config.guard.on_spike == "record":
+        return None
+    run.saver.finish()
+    saved = rollback.prepare(run.out, run.checkpoints, spike, run.config.guard.max_rollbacks)
+    if saved is None:
+        run.recorder.warn("no_rollback", "no checkpoint from before the spike: training goes on", step=spike.step)
+        return None
+    run.watch.mark("loading the checkpoint", spike.step, LOADING_LIMIT_S)
+    resume.load(run.engine, saved)
+    run.recorder.warn("rollback", f"back to {saved}; the packs that led to the spike are passed over", step=spike.step)
+    run.saver.step = steps_of(saved)
+    run.recorder.forget_after(run.saver.step)
+    return run.saver.step
+
+
+def leave(run: Run, step: int) -> None:
+    """Save what is not saved yet, and record why the run ends here.
+
+    Raises:
+        Preempted: it was asked to stop before its last step.
+    """
+    run.watch.mark("saving", step, LOADING_LIMIT_S)
+    if step != run.saver.step:
+        run.saver.begin(step, None)
+    run.saver.finish()
+    run.saver.close()
+    run.stop.close()
+    if step < run.inputs.last_step:
+        saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
+        raise Preempted(f"{run.stop.reason}; {saved}; run the same command again to go on")
+    run.recorder.event("finish" if step == run.inputs.total_steps else "stop", step)
+
+
+def watch_over(config: RunConfig, out: Path, recorder: Recorder) -> Watchdog:
+    """The watchdog of this run."""
+    limits = config.guard
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    return Watchdog(rank, world_size, limits.lost_after_s, limits.hang_after_s, recorder.last_words, out / "stacks")
+
+
+def ends_at_s(max_hours: float | None) -> float | None:
+    """time.monotonic() of the end of the job's time, which began with this process."""
+    if max_hours is None:
+        return None
+    age_s = time.time() - psutil.Process().create_time()
+    return time.monotonic() - age_s + max_hours * 3600
+
+
+def steps_of(saved: Path | None) -> int:
+    """Optimizer steps after which a checkpoint was written; 0 for none."""
+    return 0 if saved is None else int(checkpoint.read_meta(saved)["step"])
+
+
+def write_config(config: RunConfig, out: Path) -> None:
+    """Save the resolved options, and see that every rank finds them: `out` must be one folder for all.
+
+    Raises:
+        UserError: this rank's host does not see rank 0's file.
+    """
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    dist.barrier()
+    if not (out / "config.yaml").is_file():
+        host = os.uname().nodename
+        raise UserError(
+            f"--out {out}: {host} does not see what rank 0 wrote there; choose a file system that all share"
+        )
+
+
+def announce(run: Run) -> None:
+    """Say what is about to happen: the batch arithmetic, and what is held in which precision."""
+    numerics = run.numerics
+    lines = batch_arithmetic(run.config, run.inputs)
+    lines += [f"{what:<24} {dtype}" for what, dtype in dtype_table(run.engine).items()]
+    kernels = "liger" if numerics.liger else "torch"
+    lines += [f"device {numerics.device.type}, attention {numerics.attention}, kernels {kernels}"]
+    lines += [f"checkpoints     {run.saver.describe()}"]
+    for line in lines:
+        run.recorder.say(line)
+
+
+def finish(config: RunConfig, inputs: RunInputs, out: Path, *, already: bool) -> None:
+    """Export a finished run, once, and say where it is."""
+    if already:
+        print(f"{out}: this run is finished ({inputs.total_steps} steps); nothing to train")
+    elif inputs.last_step < inputs.total_steps:
+        print(f"{out}: stopped after step {inputs.last_step} of {inputs.total_steps} as asked; run again to go on")
+        return
+    last = checkpoint.step_folder(out / "checkpoints", inputs.total_steps)
+    export = out / "export"
+    if export.exists():
+        verify_export(last, export)
+    else:
+        export_checkpoint(last, Path(config.model.path), export)
+    print(f"model: {export} (loaded back with transformers, every tensor equal to the checkpoint)")
