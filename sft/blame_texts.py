@@ -37,7 +37,7 @@ def texts_of(
         return Texts("", f"ids {' '.join(map(str, ids[:MAX_IDS].tolist()))}", False)
     start, end = _last_supervised(labels)
     learned = _decode(tokenizer, ids[start:end])
-    is_cut = int(ids[-1]) not in tokenizer.special_ids
+    is_cut = int(ids[end - 1]) not in tokenizer.special_ids
     response = find_response(texts, _decode(tokenizer, ids), learned, is_cut)
     if response is None:
         return Texts(_decode(tokenizer, ids[:start]), learned, False)
@@ -77,8 +77,9 @@ def find_response(texts: Sequence[str], document: str, learned: str, is_cut: boo
     """Which of a row's texts is the one that a document learned last; None where it was not made of this row.
 
     It was where every text stands in the document, in order, until the document ends, and where `learned` is one of
-    them: the whole of it, or its beginning where the document was cut to seq_len (`is_cut`). As in `sft prep`, Unicode
-    form and white space do not count. What the template puts between the texts is not compared.
+    them: the whole of it, or its beginning where the document was cut to seq_len, which leaves no stop token
+    (`is_cut`). As in `sft prep`, Unicode form and white space do not count. What the template puts between the texts
+    is not compared.
     """
     document, learned = _plain(document), _plain(learned)
     at, response = 0, None
