@@ -55,7 +55,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print(end="", flush=True)  # a reader that left shows here at the latest, not when Python has ended
     except tuple(EXIT_CODES) as error:
         code, word = next(ending for kind, ending in EXIT_CODES.items() if isinstance(error, kind))
-        _say(f"{word}: {error}")
+        _say(f"{word}: {error}", agreed=isinstance(error, GuardStop | Preempted))
         return code
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,14 +88,15 @@ def run_rank(main: Callable[[Sequence[str]], None]) -> NoReturn:
     os._exit(code)
 
 
-def _say(line: str) -> None:
+def _say(line: str, *, agreed: bool = False) -> None:
     """Plainly from a host's first rank. The others mostly find the same mistake: they name themselves, after a pause
-    in which a launcher that has seen the first one end will have ended them."""
+    in which a launcher that has seen the first one end will have ended them. What all ranks agreed on, rank 0 says."""
     rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT_S)
         line = f"[rank {rank} on {os.uname().nodename}] {line}"
-    print(line, file=sys.stderr)
+    if rank == "0" or not agreed:
+        print(line, file=sys.stderr)
 
 
 def shorten(text: str, limit: int = 120) -> str:
