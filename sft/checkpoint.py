@@ -7,9 +7,10 @@
         meta.json                         step, shapes, identities to compare on resume; size and digest of every file
         COMPLETE                          written last: size and digest of meta.json; without it this is no checkpoint
 
-Until everything is on the disk the folder is called step-00000500.partial. Learning rate, data order and seeds follow
-from the step, so they are not stored. Slices carry global offsets, so any number of ranks can read what another number
-wrote. docs/checkpoints.md says why DeepSpeed's own checkpoints are not used.
+Until all of them are on the disk the folder is called step-00000500.partial, and one that is being deleted .deleted:
+what is killed on the way leaves no folder with a checkpoint's name, and the next save clears it up. Learning rate, data
+order and seeds follow from the step, so they are not stored. Slices carry global offsets, so any number of ranks can
+read what another number wrote. docs/checkpoints.md says why DeepSpeed's own checkpoints are not used.
 """
 
 import json
@@ -39,6 +40,8 @@ DTYPE_NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -65,6 +68,8 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
 
     The library's own writer would hold a second copy of everything, and the digest would cost a second pass.
     """
+    # readers view the bytes in place: every tensor must begin at a multiple of its element size
+    pieces = sorted(pieces, key=lambda piece: -piece.tensor.element_size())
     header: dict[str, Any] = {
         "__metadata__": {"slices": json.dumps({p.name: (p.start, p.tensor.numel()) for p in pieces})}
     }
@@ -96,31 +101,32 @@ def publish(folder: Path, step: int, meta: dict[str, Any]) -> Path:
     """
     partial, final = partial_folder(folder, step), step_folder(folder, step)
     entry = write_json(partial / "meta.json", {"format_version": FORMAT_VERSION, "step": step, **meta})
+    write_json(partial / "COMPLETE", {"meta.json": entry})
     sync_folder(partial)
     replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     if final.exists():
         os.replace(final, replaced)
     os.replace(partial, final)
     sync_folder(folder)
-    write_json(final / "COMPLETE.partial", {"meta.json": entry})
-    os.replace(final / "COMPLETE.partial", final / "COMPLETE")
-    sync_folder(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     return final
 
 
 def delete(checkpoint: Path) -> None:
-    """Remove a checkpoint; the marker goes first, so that a half-deleted folder never looks whole."""
-    (checkpoint / "COMPLETE").unlink(missing_ok=True)
-    sync_folder(checkpoint)
-    shutil.rmtree(checkpoint)
+    """Remove a checkpoint; the name goes first, so that a half-deleted folder never looks like one."""
+    doomed = checkpoint.with_name(checkpoint.name + ".deleted")
+    _remove(doomed)
+    os.replace(checkpoint, doomed)
+    sync_folder(checkpoint.parent)
+    _remove(doomed)
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove what saves that were killed have left."""
-    for abandoned in [*folder.glob("step-*.partial"), *folder.glob("step-*.replaced")]:
-        shutil.rmtree(abandoned)
+    """Remove what saves and deletions that were killed have left."""
+    for suffix in (".partial", ".replaced", ".deleted"):
+        for abandoned in folder.glob(f"step-*{suffix}"):
+            _remove(abandoned)
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -141,10 +147,16 @@ def newest_complete(folder: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the marker is there and every listed file has its size; contents are compared by `damage`."""
+    """Whether the marker is there, meta.json is as it was written, and every file that it lists has its size.
+
+    The contents of those are compared by `damage`.
+    """
     try:
         marker = json.loads((checkpoint / "COMPLETE").read_text())
-        files = {**marker, **json.loads((checkpoint / "meta.json").read_text())["files"]}
+        text = (checkpoint / "meta.json").read_bytes()
+        if marker["meta.json"] != _entry(text):
+            return False
+        files = json.loads(text)["files"]
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -208,7 +220,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """
     if not is_complete(checkpoint):
         raise UserError(
-            f"checkpoint {checkpoint}: not complete (no COMPLETE marker, or a file is cut short); use another"
+            f"checkpoint {checkpoint}: not complete (no COMPLETE marker, or meta.json or a file's size is not what "
+            "was written); use another"
         )
     meta = json.loads((checkpoint / "meta.json").read_text())
     if meta["format_version"] != FORMAT_VERSION:
@@ -260,8 +273,8 @@ class Pieces:
         self._checkpoint = checkpoint
         self._where: dict[str, list[tuple[int, int, Any]]] = {}
         self._constant: set[str] = set()
-        for path in sorted(checkpoint.glob("rank-*.safetensors")):
-            file = safe_open(path, framework="pt")
+        for listed in sorted(read_meta(checkpoint)["files"]):
+            file = safe_open(checkpoint / listed, framework="pt")
             self._constant |= {key.rpartition("|")[0] for key in file.keys() if key.endswith(f"|{CONSTANT}")}  # noqa: SIM118
             for name, (start, numel) in json.loads(file.metadata()["slices"]).items():
                 self._where.setdefault(name, []).append((start, numel, file))
@@ -318,7 +331,22 @@ def write_json(path: Path, value: Any) -> dict[str, Any]:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(text), "xxh3_128": xxhash.xxh3_128(text).hexdigest()}
+    return _entry(text)
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder if it is there; another thread may be at it, too.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)  # says why
 
 
 def sync_folder(folder: Path) -> None:
