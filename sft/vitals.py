@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+from sft.errors import EXIT_CODES, shorten
+
 ADVICE = "this run stops on every rank; start it again to resume"
 EXITING = 0x4
 """PF_EXITING in the flags of /proc/<pid>/stat: dying; freeing a large memory takes a while."""
@@ -160,6 +162,15 @@ def judge_progress(beats: Mapping[int, Beat], members: Mapping[int, Member]) -> 
     else:
         hang = f"no rank is behind: all wait for {stuck_s:.0f} s in {beat.place}: a collective hangs (network?)"
     return Verdict("hangs", tuple(culprits), f"{hang}; {ADVICE}")
+
+
+def describe_error(error: BaseException) -> str:
+    """One line: `error: what the user must change`, or the exception's name and first line."""
+    for kind, (_, word) in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return shorten(f"{word}: {error}", 400)
+    first = str(error).partition("\n")[0]
+    return shorten(f"{type(error).__name__}: {first}" if first else type(error).__name__, 400)
 
 
 def name_all(names: Sequence[str]) -> str:

@@ -23,13 +23,14 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from sft.errors import EXIT_CODES, EXIT_RANK_LOST, Preempted, RankLost, shorten
+from sft.errors import EXIT_CODES, EXIT_RANK_LOST, Preempted, RankLost
 from sft.vitals import (
     ADVICE,
     Beat,
     Member,
     Progress,
     Verdict,
+    describe_error,
     is_gone,
     is_stopped,
     judge_progress,
@@ -98,7 +99,10 @@ class Watchdog:
         """
         self._store = _own_connection(timedelta(seconds=self._hang_after_s + 60))
         self._put_beat()
-        self._members = self._meet()
+        try:
+            self._members = self._meet()
+        except dist.DistError as error:  # rank 0 has left, or waits for others for too long
+            raise RankLost(f"rank {self._rank} on {os.uname().nodename}: no answer from rank 0; {ADVICE}") from error
         self._me, self._zero = self._members[self._rank], self._members[0]
         self._neighbours = [m for m in self._members.values() if m.place == self._me.place and m != self._me]
         self._beside_zero = {m.rank for m in self._members.values() if m.place == self._zero.place}
@@ -144,7 +148,7 @@ class Watchdog:
         self._progress = dataclasses.replace(self._progress, limit_s=math.inf)
         self._waits.set()
         # the slowest way: the silence of a host, seen by rank 0, read by the others, written down
-        if self._found.wait(self._lost_after_s + 4 * self._interval_s + ENDING_GRACE_S + LEAVE_S):
+        if self._found.wait(self._lost_after_s + 4 * self._interval_s + LEAVE_S):
             raise RankLost(self._reason) from error
 
     def _announce(self, error: BaseException) -> None:
@@ -174,7 +178,9 @@ class Watchdog:
         while missing := [rank for rank in missing if not self._store.check([f"member/{rank}"])]:
             if time.monotonic() > deadline_s:
                 names = name_all([f"rank {rank}" for rank in missing])
-                raise RankLost(f"{names}: not up within {self._hang_after_s:.0f} s of rank 0 on {me.host}; {ADVICE}")
+                reason = f"{names}: not up within {self._hang_after_s:.0f} s of rank 0 on {me.host}; {ADVICE}"
+                self._record(reason)
+                raise RankLost(reason)
             time.sleep(0.05)
         texts = self._store.multi_get([f"member/{rank}" for rank in range(self._world_size)])
         members = [Member(**json.loads(text)) for text in texts]
@@ -374,15 +380,6 @@ def run_bounded(limit_s: float, target: Callable[[Verdict], None], verdict: Verd
 def is_failed_collective(error: BaseException) -> bool:
     """Whether the error tells of a peer and not of this rank: of torch.distributed, or a RuntimeError of gloo."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
-
-
-def describe_error(error: BaseException) -> str:
-    """One line: `error: what the user must change`, or the exception's name and first line."""
-    for kind, (_, word) in EXIT_CODES.items():
-        if isinstance(error, kind):
-            return shorten(f"{word}: {error}", 400)
-    first = str(error).partition("\n")[0]
-    return shorten(f"{type(error).__name__}: {first}" if first else type(error).__name__, 400)
 
 
 def _own_connection(timeout: timedelta) -> dist.Store:

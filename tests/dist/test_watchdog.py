@@ -29,6 +29,7 @@ CODES = {
     "kill_1": [LOST, KILLED], "kill_0": [KILLED, LOST], "stop_1": [LOST, LOST], "stop_0": [LOST, LOST],
     "hang_1": [LOST, LOST], "hang_0": [LOST, LOST], "error_1": [LOST, EXIT_BAD_INPUT],
     "error_0": [EXIT_BAD_INPUT, LOST], "crash_1": [LOST, 1],
+    "broken_1": [LOST, 1], "absent_1": [LOST, 0],
     "mistake_0": [EXIT_BAD_INPUT] * 2, "mistake_1": [EXIT_BAD_INPUT] * 2,
     "preempted_0": [EXIT_PREEMPTED] * 2, "preempted_1": [EXIT_PREEMPTED] * 2,
     "none_0": [0, 0], "slow_1": [0, 0], "suspend_0": [0, 0], "export_0": [0, 0],
@@ -53,6 +54,7 @@ LOSSES = {
     "error_1": (" ended in step 3, forward: error: --data.train x: a mistake on one rank; ", TOLD_S),
     "error_0": (" ended in step 3, forward: error: --data.train x: a mistake on one rank; ", AT_ONCE_S),
     "crash_1": (" ended in step 3, forward: ZeroDivisionError: a bug; ", AT_ONCE_S),
+    "broken_1": (" ended in step 3, forward: RuntimeError: [x/gloo/", SILENCE_S + 1.0 + LOST_AFTER_S),
     "far_kill_1": (" gives no sign of life for ", SILENCE_S),
     "far_kill_0": (" closed its connection: last seen in step ", AT_ONCE_S),
     "far_stop_1": (" gives no sign of life for ", SILENCE_S),
@@ -116,7 +118,7 @@ def test_the_rank_at_fault_is_named_in_time_and_once(cases, case):
     assert words in events(folder)[0]["reason"]
 
 
-@pytest.mark.parametrize("case", sorted(CODES.keys() - LOSSES.keys()))
+@pytest.mark.parametrize("case", sorted(CODES.keys() - LOSSES.keys() - {"absent_1"}))
 def test_healthy_runs_and_errors_of_all_ranks_are_left_alone(cases, case):
     """Slow, suspended as a whole and continued, asked to stop, wrong on every rank: nobody is lost."""
     assert events(cases / case) == []
@@ -126,6 +128,18 @@ def test_healthy_runs_and_errors_of_all_ranks_are_left_alone(cases, case):
 @pytest.mark.parametrize("case", ["none_0", "slow_1", "suspend_0", "export_0"])
 def test_healthy_runs_finish(cases, case):
     assert [tiny.read_jsonl(cases / case / f"rank-{rank}.log")[-1]["step"] for rank in (0, 1)] == [4, 4]
+
+
+def test_a_rank_that_never_comes(cases):
+    (line,) = said(cases / "absent_1", 0)
+    assert line.startswith(f"stopped: rank 1: not up within 7 s of rank 0 on {HOST}; ")
+    assert [event["reason"] for event in events(cases / "absent_1")] == [line.removeprefix("stopped: ")]
+
+
+def test_an_error_for_which_nobody_can_be_named_is_shown(cases):
+    """Its own traceback, after the search; the others then name this rank."""
+    assert "Connection reset by peer" in said(cases / "broken_1", 1)[-1]
+    assert any("Traceback" in line for line in said(cases / "broken_1", 1))
 
 
 def test_the_control_waits_for_ever(cases):

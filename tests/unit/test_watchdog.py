@@ -14,8 +14,19 @@ import torch
 import torch.distributed as dist
 
 from sft.errors import GuardStop, UserError
-from sft.vitals import Beat, Member, Progress, Verdict, is_gone, is_stopped, judge_progress, take_beat, this_member
-from sft.watchdog import describe_error, is_failed_collective
+from sft.vitals import (
+    Beat,
+    Member,
+    Progress,
+    Verdict,
+    describe_error,
+    is_gone,
+    is_stopped,
+    judge_progress,
+    take_beat,
+    this_member,
+)
+from sft.watchdog import is_failed_collective
 
 MEMBERS = {rank: Member(rank, f"node{rank // 4}", "", 100 + rank, 0) for rank in range(8)}
 
