@@ -152,6 +152,15 @@ def test_a_slow_rise_breaks_the_epoch_rule_alone():
     assert judged(losses, 1000) == [], "control: the same losses, no whole epoch before"
 
 
+@pytest.mark.parametrize(("known", "rules"), [(100, ["epoch"]), (99, [])])
+def test_an_epoch_of_which_less_than_half_is_known_is_no_measure(known, rules):
+    """A history that begins within the epoch, and a rise in the next."""
+    losses = [*calm(known), *(1.004**i for i in range(150))]
+    made = Guard(DEFAULTS, 200)
+    found = [made.judge(201 - known + i, loss, norm_of(i), applied=True) for i, loss in enumerate(losses)]
+    assert [spike.rule for spike in found if spike] == rules
+
+
 def test_after_an_epoch_alarm_the_window_still_judges():
     losses = [*calm(200), *(1.004**i for i in range(120)), *calm(60, level=1.004**120, seed=2), 9.0]
     assert [spike.rule for spike in judged(losses, 200)] == ["epoch", "window"]
@@ -190,6 +199,14 @@ def test_steps_that_are_not_finite_stop_the_run_at_the_limit():
     made.judge(6, math.nan, math.nan, applied=False)
     with pytest.raises(GuardStop, match=r"^step 7: .*not finite 3 steps in a row.*learning rate.*damaged data[^\n]*$"):
         made.judge(7, math.nan, math.nan, applied=False)
+
+
+def test_a_step_that_the_engine_did_not_take_counts_whatever_its_numbers():
+    made = Guard(DEFAULTS, 100)
+    made.judge(1, 1.0, 1.0, applied=False)
+    made.judge(2, 50.0, 2.0, applied=False)
+    with pytest.raises(GuardStop, match="3 steps in a row"):
+        made.judge(3, 1.0, 3.0, applied=False)
 
 
 def test_steps_without_labels_never_stop_a_run():
