@@ -81,7 +81,8 @@ def log_lines(
     elsewhere = {"step", "epoch", "loss_by_source", "token_share_by_source"}
     lines = [f"metrics: {_facts(line, elsewhere)}" for line in metrics]
     lines += [] if metrics else ["metrics: metrics.jsonl has no line of this step: it has not been taken"]
-    lines += [f"event {event.get('event')}: {_facts(event, {'step', 'event', 'time'})}" for event in events]
+    for event in events:
+        lines.append(f"event {event.get('event')}: {_facts(event, {'step', 'event', 'time'})}".removesuffix(": "))
     sums = {
         "tokens": sum(len(document.ids) for document in documents),
         "label_tokens": sum(document.num_labels for document in documents),
