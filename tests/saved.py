@@ -70,7 +70,8 @@ def save_and_prune(folder: Path, step: int, keep: CheckpointSection, heldout_los
 def assert_holds(saved: Path, step: int) -> None:
     """Complete, undamaged, and every element as it was at `step`."""
     assert checkpoint.is_complete(saved), saved
-    assert checkpoint.damage(saved, checkpoint.file_names(saved)) == []
+    lines = checkpoint.damage(saved, checkpoint.file_names(saved))
+    assert not lines, lines
     assert checkpoint.read_meta(saved)["step"] == step
     read = checkpoint.Pieces(saved)
     for name, numel in NUMEL.items():
