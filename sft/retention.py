@@ -3,9 +3,11 @@
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from sft.checkpoint import is_complete, list_checkpoints, read_meta
 from sft.config import CheckpointSection
@@ -31,19 +33,28 @@ def kept(losses: Mapping[int, float | None], keep: CheckpointSection) -> set[int
 
 def superfluous(folder: Path, keep: CheckpointSection) -> list[Path]:
     """Complete checkpoints that `keep` does not ask for. To be called when the newest one is complete."""
-    complete = {checkpoint: read_meta(checkpoint) for checkpoint in list_checkpoints(folder) if is_complete(checkpoint)}
-    wanted = kept({meta["step"]: meta["heldout_loss"] for meta in complete.values()}, keep)
-    return [checkpoint for checkpoint, meta in complete.items() if meta["step"] not in wanted]
+    complete = _complete(folder)
+    wanted = kept({step: meta["heldout_loss"] for step, (_, meta) in complete.items()}, keep)
+    return [checkpoint for step, (checkpoint, _) in complete.items() if step not in wanted]
 
 
-def most_checkpoints(keep: CheckpointSection, total_steps: int, *, heldout: bool) -> int:
-    """Complete or half-written checkpoints that are on the disk together at most.
+def most_checkpoints(keep: CheckpointSection, total_steps: int, *, heldout: bool, present: Collection[int] = ()) -> int:
+    """Complete or half-written checkpoints that are on the disk together at most, until this process ends.
 
-    One more than are kept: nothing is deleted before its successor is complete.
+    One more than are kept, or than there are: nothing is deleted before its successor is complete. A process that is
+    asked to stop saves once more, at any step, instead of what it would have saved later.
+
+    Args:
+        present: steps of the checkpoints that earlier processes of the run have left.
     """
-    saved = math.ceil(total_steps / keep.every)
-    for_ever = total_steps // math.lcm(keep.every, keep.keep_every) if keep.keep_every else 0
-    return min(saved, keep.keep_last + int(keep.keep_best and heldout) + for_ever + 1)
+    newest = max(present, default=0)
+    to_save = math.ceil(total_steps / keep.every) - newest // keep.every if newest < total_steps else 0
+    for_ever: set[int] = set()
+    if keep.keep_every:
+        multiple = math.lcm(keep.every, keep.keep_every)
+        for_ever = {*range(multiple, total_steps + 1, multiple), *(s for s in present if s % keep.keep_every == 0)}
+    kept_at_most = keep.keep_last + int(keep.keep_best and heldout) + len(for_ever)
+    return min(len(present) + to_save, max(len(present), kept_at_most) + 1)
 
 
 def checkpoint_bytes(num_parameters: int) -> int:
@@ -52,19 +63,46 @@ def checkpoint_bytes(num_parameters: int) -> int:
 
 
 def num_parameters(model: Path) -> int:
-    """Elements of all tensors in a folder's safetensors files, read from their headers."""
-    total = 0
-    for path in model.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
+    """Elements of all tensors of a model folder, read from the headers of the files that transformers would load.
+
+    Raises:
+        UserError: a file is missing, or is no whole safetensors file.
+    """
+    return sum(_num_elements(path) for path in _weight_files(model))
+
+
+def _complete(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """Folder and meta.json of every complete checkpoint, by step."""
+    found = [(path, read_meta(path)) for path in list_checkpoints(folder) if is_complete(path)]
+    return {meta["step"]: (path, meta) for path, meta in found}
+
+
+def _weight_files(model: Path) -> list[Path]:
+    """In transformers' order of preference; others (Mistral's consolidated.safetensors) hold the same weights again."""
+    index = model / "model.safetensors.index.json"
+    if (single := model / "model.safetensors").is_file() or not index.is_file():
+        return [single]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path {index}: is no index of safetensors files: {error!r}; copy it again") from None
+    return [model / name for name in sorted(names)]
+
+
+def _num_elements(path: Path) -> int:
+    if not path.is_file():
+        raise UserError(f"model.path {path}: no such file; copy the model folder again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"model.path {path}: is no whole safetensors file ({error}); copy it again") from None
 
 
 def check_disk(
     out: Path, model: Path, keep: CheckpointSection, total_steps: int, *, heldout: bool, export_itemsize: int
 ) -> dict[str, Any]:
-    """Refuse a run whose checkpoints and export cannot fit; what it has written already counts as room.
+    """Refuse a run whose checkpoints and export cannot fit; what it has written of them already counts as room.
 
     Returns:
         need_gib, free_gib, checkpoint_gib, checkpoints: for the start event.
@@ -72,18 +110,24 @@ def check_disk(
     Raises:
         UserError: names what is needed, what is free, and what to change.
     """
-    one = checkpoint_bytes(num_parameters(model))
-    count = most_checkpoints(keep, total_steps, heldout=heldout)
-    export = num_parameters(model) * export_itemsize
-    there = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
+    elements = num_parameters(model)
+    one = checkpoint_bytes(elements)
+    count = most_checkpoints(keep, total_steps, heldout=heldout, present=_complete(out / "checkpoints"))
+    export = elements * export_itemsize
+    written = [
+        *(out / "checkpoints").glob("step-*/*"),
+        *(out / "export").glob("*"),
+        *(out / "export.partial").glob("*"),
+    ]
+    there = sum(file.stat().st_size for file in written if file.parent.suffix != ".damaged")
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     need = one * count + export
     if need > free + there:
         raise UserError(
             f"--out {out}: {count} checkpoints of {one / GIB:,.1f} GiB and the export need {need / GIB:,.1f} GiB, but "
-            f"{(free + there) / GIB:,.1f} GiB are free there; lower checkpoint.keep_last ({keep.keep_last}), raise "
-            f"checkpoint.keep_every, or choose another --out"
+            f"{(free + there) / GIB:,.1f} GiB are free or hold what the run has written; lower checkpoint.keep_last "
+            f"({keep.keep_last}), raise checkpoint.keep_every, delete older checkpoints, or choose another --out"
         )
     return {
         "checkpoint_gib": round(one / GIB, 3),
