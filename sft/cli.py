@@ -1,17 +1,18 @@
 """The console script: one sub-command per job, each also reachable as a module."""
 
 import difflib
+import functools
 import importlib
 import logging
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 from sft import __version__
 from sft.errors import UserError, run_command
 from sft.ports import free_port
+from sft.supervisor import TRAINER, supervise
 
 COMMANDS = {
     "demo": ("sft.demo.run", "the whole pipeline on embedded data, 2 CPU ranks, a few minutes"),
@@ -57,7 +58,7 @@ def train(argv: Sequence[str]) -> None:
     wanted, options = take_ranks(list(argv))
     if {"-h", "--help"} & set(options):
         print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
-    ranks, on_cpu, finished = check_run(options, wanted)
+    ranks, on_cpu, out = check_run(options, wanted)
     environment = dict(os.environ)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--master_port", free_port()]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -68,23 +69,18 @@ def train(argv: Sequence[str]) -> None:
         launcher += ["--include", "localhost:" + ",".join(visible.split(",")[:ranks])]
     else:
         launcher += ["--num_gpus", str(ranks)]
-    # a group of its own: the launcher passes no signal on, and its ranks would outlive it
-    launched = subprocess.Popen([*launcher, "--module", "sft.train", *options], env=environment, start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda received, _frame: os.killpg(launched.pid, received))
-    code = launched.wait()
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    code = supervise([*launcher, "--module", TRAINER, *options], options, out, say, environment)
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
-    if not finished():  # the launcher exits with 0 when it is killed itself
-        raise SystemExit("error: the ranks ended before the last step; see their output above")
+        raise SystemExit(code)
 
 
-def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Callable[[], bool]]:
-    """Validate options and inputs; returns the number of ranks, whether they run on CPU, and a look at the outcome."""
+def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Path]:
+    """Validate options and inputs; returns the number of ranks, whether they run on CPU, and the run's folder."""
     import torch
 
     from sft.config import RunConfig
-    from sft.inputs import find_resume, open_inputs, reached_last_step, run_folder
+    from sft.inputs import find_resume, open_inputs, run_folder
     from sft.settings import load
 
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
@@ -93,9 +89,9 @@ def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Ca
     if not on_cpu and ranks > torch.cuda.device_count():
         raise UserError(f"--ranks {ranks}: only {torch.cuda.device_count()} GPUs are visible here")
     inputs = open_inputs(config, ranks)
-    run_folder(config)
+    out = run_folder(config)
     find_resume(config, inputs)
-    return ranks, on_cpu, lambda: reached_last_step(config, inputs)
+    return ranks, on_cpu, out
 
 
 def take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:

@@ -24,6 +24,7 @@ DEEPSPEED_USERS = {"sft.engine", "sft.optim"}
 """The assembler of engines; and AdamW on the host, which is DeepSpeed's where the states are offloaded beside a GPU."""
 ENTRIES = {
     "sft.cli",
+    "sft.launch",
     "sft.train",
     "sft.augment",
     "sft.blame",

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,53 +16,19 @@ import yaml
 
 from sft.config import PrepConfig, RunConfig
 from sft.settings import load
+from tests.dist import stand_in
 
 ROOT = Path(__file__).parent.parent.parent
 SLURM_SCRIPTS = [ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "prep.slurm"]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), *SLURM_SCRIPTS, ROOT / ".ci" / "run"]
 RUN_RECIPES = [path for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")) if "prep" not in path.name]
 PREP_RECIPES = sorted((ROOT / "launch" / "recipes").glob("prep_*.yaml"))
-STAND_IN_TRAINER = """
-import os, signal, sys, time
-from pathlib import Path
-
-name = f"rank{os.environ['RANK']}of{os.environ['WORLD_SIZE']}"
-Path(name + ".args").write_text("\\n".join(sys.argv[1:]))
-
-
-def stop(*_):
-    Path(name + ".stopped").touch()
-    sys.exit(0)
-
-
-signal.signal(signal.SIGTERM, stop)
-Path(name + ".pid").write_text(str(os.getpid()))
-time.sleep(60 if "--wait" in sys.argv else 0)
-sys.exit(2 if "--fail" in sys.argv else 0)
-"""
-"""Stands in for sft.train, which `python -m` finds first in the current folder."""
+VENV = Path(sys.executable).parent
+RUN_FILE = "model: {path: m}\ndata: {train: d}\nout: o\n"
 
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def make_command(folder: Path, name: str, body: str) -> None:
@@ -127,7 +92,13 @@ def recorded(tmp_path) -> Callable[..., list[list[str]]]:
     """Run a launch script with a `deepspeed` that writes down its arguments; returns those of every call."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    make_command(commands, "deepspeed", f'printf "%s\\n" "$@" >"{tmp_path}/call-${{SLURM_NODEID:-0}}"')
+    make_command(
+        commands,
+        "deepspeed",
+        f'''printf "%s\\n" "$@" >"{tmp_path}/call-${{SLURM_NODEID:-0}}"
+out=o; [[ ${{*: -2:1}} != --out ]] || out=${{*: -1}}
+mkdir -p "$out"; echo '{{"event": "finish"}}' >"$out/events.jsonl"''',
+    )
     make_command(commands, "scontrol", '[[ "$*" == "show hostnames node[1-2]" ]] && printf "node1\\nnode2\\n"')
     # one task per node, as srun starts them; the hostfile is read while it exists
     make_command(
@@ -137,10 +108,10 @@ def recorded(tmp_path) -> Callable[..., list[list[str]]]:
         "while [[ $1 == --* ]]; do shift; done\n"
         'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
     )
-    (tmp_path / "run.yaml").write_text("out: o\n")
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
 
     def run(script: str, *arguments: str, **variables: str) -> list[list[str]]:
-        environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **variables}
+        environment = {**os.environ, "PATH": f"{commands}:{VENV}:{os.environ['PATH']}", **variables}
         subprocess.run(["bash", ROOT / "launch" / script, *arguments], cwd=tmp_path, env=environment, check=True)
         return [path.read_text().splitlines() for path in sorted(tmp_path.glob("call-*"))]
 
@@ -188,7 +159,8 @@ def test_sbatch_reads_all_directives(script):
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert [line for line in lines[first_command:] if line.startswith("#SBATCH")] == []
     options = [line.split()[1].split("=")[0] for line in lines[:first_command] if line.startswith("#SBATCH")]
-    known = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--time", "--output"}
+    known = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--time", "--output",
+             "--signal"}  # fmt: skip
     assert {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--output"} <= set(options) <= known
     assert len(options) == len(set(options))
 
@@ -248,63 +220,87 @@ def test_prep_jobs_of_one_user_share_nothing(prep_job):
 # The real launcher, with a stand-in for sft.train
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    """A folder with a stand-in sft.train and a config; `deepspeed` of this environment on the PATH, two CPU ranks."""
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "__init__.py").touch()
-    (tmp_path / "sft" / "train.py").write_text(STAND_IN_TRAINER)
-    (tmp_path / "run.yaml").write_text("out: o\n")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_SIZE", "2")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def rank_pids(folder: Path) -> list[int]:
-    return [int(path.read_text() or 0) for path in sorted(folder.glob("rank*of2.pid"))]
-
-
-def start_and_terminate(command: list[str], folder: Path) -> list[int]:
-    """Start, wait for both ranks, send SIGTERM to the started process alone; returns the ranks' pids."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: len(rank_pids(folder)) == 2 and 0 not in rank_pids(folder))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=45) != 0
-    return rank_pids(folder)
-
-
 @pytest.mark.dist
-def test_ranks_get_the_arguments_and_the_exit_code_comes_back(workplace):
-    command = [ROOT / "launch" / "single_node.sh", "run.yaml", "--out", "a b"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+def test_single_node_hands_arguments_and_signals_to_the_ranks_and_their_exit_code_back(tmp_path):
+    folder = stand_in.make_workplace(tmp_path / "work")
+    script = [ROOT / "launch" / "single_node.sh", "run.yaml", "--out", "a b"]
+    command = subprocess.Popen(script, cwd=folder, env=stand_in.environment('{"save_s": [1, 1]}'))
+    stand_in.wait_until(lambda: stand_in.have_begun(folder))
     for rank in (0, 1):
-        arguments = (workplace / f"rank{rank}of2.args").read_text().splitlines()
+        arguments = (folder / f"rank{rank}.args").read_text().splitlines()
         assert arguments == [f"--local_rank={rank}", "--config", "run.yaml", "--out", "a b"]
-    failed = subprocess.run([*command, "--fail"], check=False, capture_output=True, timeout=120)
-    assert failed.returncode == 2
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 75
+    assert len(list(folder.glob("rank*.saved"))) == 2
+    assert stand_in.processes_in(folder) == []
+
+
+SRUN = """
+import os, signal, subprocess, sys
+
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+tasks = []
+signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+for node in "01":
+    environment = {**os.environ, "SLURM_NODEID": node, "SLURM_STEP_NUM_NODES": "2"}
+    tasks.append(subprocess.Popen(words, env=environment, start_new_session=True))
+sys.exit(max(task.wait() for task in tasks))
+"""
+"""srun as its manual has it: one task per node, signals go to each, the highest exit code comes back."""
 
 
 @pytest.mark.dist
-def test_sigterm_reaches_the_ranks(workplace):
-    pids = start_and_terminate([str(ROOT / "launch" / "single_node.sh"), "run.yaml", "--wait"], workplace)
-    assert len(list(workplace.glob("rank*of2.stopped"))) == 2
-    assert not any(is_running(pid) for pid in pids)
+def test_slurm_hands_its_signal_to_the_ranks_of_every_node(tmp_path):
+    """Two "nodes" on this host: a launcher each, with one rank."""
+    folder = stand_in.make_workplace(tmp_path / "work")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    make_command(commands, "scontrol", 'printf "localhost\\n127.0.0.1\\n"')
+    (commands / "srun").write_text(f"#!{sys.executable}{SRUN}")
+    (commands / "srun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "1"}
+    environment = stand_in.environment('{"save_s": [1, 3]}', LOCAL_SIZE="1", **slurm)
+    environment["PATH"] = f"{commands}:{environment['PATH']}"
+    script = ["bash", ROOT / "launch" / "slurm.sbatch", "run.yaml"]
+    job = subprocess.Popen(script, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    stand_in.wait_until(lambda: stand_in.have_begun(folder))
+    job.send_signal(signal.SIGUSR1)  # to the script alone: --signal=B:USR1@300
+    said = job.communicate(timeout=90)[1]
+    assert job.returncode == 75, said
+    assert said.count("SIGUSR1: saving, then stopping\n") == 2
+    assert len(list(folder.glob("rank*.saved"))) == 2
+    assert stand_in.processes_in(folder) == []
+    assert not (folder / "hostfile-77").exists()
 
 
 @pytest.mark.dist
-def test_sigterm_does_not_reach_the_ranks_of_a_bare_deepspeed(workplace):
-    """Why single_node.sh is more than an exec. If this fails, DeepSpeed passes signals on and the script can shrink."""
-    pids = start_and_terminate(["deepspeed", "--module", "sft.train", "--config", "run.yaml", "--wait"], workplace)
-    try:
-        time.sleep(2)
-        assert all(is_running(pid) for pid in pids)
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not any(is_running(pid) for pid in pids))
+def test_multi_node_reaches_ranks_that_it_did_not_start(tmp_path):
+    """As below sshd: launch.py is no descendant of the script, which ends when launch.py has."""
+    folder = stand_in.make_workplace(tmp_path / "work")
+    (folder / "hosts").write_text("a slots=2\n")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    bare = f"{VENV}/deepspeed --log_level error --master_port $MASTER_PORT"
+    make_command(
+        commands,
+        "deepspeed",  # for pdsh and ssh: whatever it was asked for, in another session and below another parent
+        f"""echo "$*" >asked
+(setsid bash -c '{bare} --module sft.train --config run.yaml; echo $? >code.tmp; mv code.tmp code' &)
+until [[ -f code ]]; do sleep 0.1; done
+exit "$(<code)\"""",
+    )
+    environment = stand_in.environment('{"save_s": [1, 1]}')
+    environment["PATH"] = f"{commands}:{environment['PATH']}"
+    script = [ROOT / "launch" / "multi_node.sh", "hosts", "run.yaml"]
+    command = subprocess.Popen(script, cwd=folder, env=environment)
+    stand_in.wait_until(lambda: stand_in.have_begun(folder))
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 75
+    assert len(list(folder.glob("rank*.saved"))) == 2
+    assert "--hostfile hosts --force_multi" in (folder / "asked").read_text()
+    assert stand_in.processes_in(folder) == []
 
 
 # Recipes

@@ -47,9 +47,9 @@ def test_owned_keys_are_refused(tmp_path, key):
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
             'zero_optimization.reduce_bucket_size is "auto"',
         ),
-        ({"zero_optimization": {"stage": 1}}, "must be 2 or 3"),
-        ({"zero_optimization": None}, "must be 2 or 3"),
-        ({}, "must be 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, "must be 1, 2 or 3"),
+        ({"zero_optimization": None}, "must be 1, 2 or 3"),
+        ({}, "must be 1, 2 or 3"),
         (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
             "device 'nvme' is not supported",
