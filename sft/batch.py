@@ -75,12 +75,12 @@ def build(
     positions = np.arange(len(ids)) - np.repeat(starts[:-1], seq_lens)
     source_of_token = np.repeat(np.zeros(len(seq_lens), np.int64) if sources is None else sources, seq_lens)
     return MicroBatch(
-        ids_1T=_to_device(ids, device)[None],
-        pos_1T=_to_device(positions, device)[None],
-        layout=Layout(seq_lens, _to_device(starts.astype(np.int32), device)),
-        predict_N=_to_device(target_positions - 1, device),
-        targets_N=_to_device(labels[target_positions], device),
-        source_N=_to_device(source_of_token[target_positions].astype(np.int64), device),
+        ids_1T=to_device(ids, device)[None],
+        pos_1T=to_device(positions, device)[None],
+        layout=Layout(seq_lens, to_device(starts.astype(np.int32), device)),
+        predict_N=to_device(target_positions - 1, device),
+        targets_N=to_device(labels[target_positions], device),
+        source_N=to_device(source_of_token[target_positions].astype(np.int64), device),
         num_sources=num_sources,
     )
 
@@ -135,7 +135,8 @@ def split_documents(pack: Pack) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(np.split(pack.input_ids, cuts), np.split(pack.labels, cuts), strict=True))
 
 
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Same values and dtype on the device, without waiting for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return tensor

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sft.checkpoint import Pieces, check_undamaged, read_meta
 from sft.errors import UserError
 from sft.pretrained import quiet_libraries
 from sft.progress import track
-from sft.tokenizer import TOKENIZER_FILES, load_tokenizer
+from sft.tokenizer import TOKENIZER_FILES, folder_errors, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -56,9 +57,9 @@ def prove_export(base: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: the base model's config, generation config or tokenizer cannot be carried over; says why.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _one_line("model", base):
         _write_small_files(base, Path(folder), torch.bfloat16, identity)
-        _load_small_files(Path(folder), base)
+        _load_small_files(Path(folder))
 
 
 def verify_export(checkpoint: Path, folder: Path) -> None:
@@ -80,7 +81,8 @@ def _verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype:
     from transformers import AutoModelForCausalLM
 
     quiet_libraries()
-    _load_small_files(folder, folder)
+    with _one_line("export", folder):
+        _load_small_files(folder)
     loading: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
@@ -141,17 +143,25 @@ def _write_small_files(base: Path, out: Path, dtype: torch.dtype, identity: dict
     _write_generation_config(base, out, identity["stop_id"])
 
 
-def _load_small_files(folder: Path, named: Path) -> None:
-    """Load all but the weights with transformers; a failure names the folder `named`."""
+def _load_small_files(folder: Path) -> None:
+    """Load all but the weights with transformers."""
     from transformers import AutoConfig, GenerationConfig
 
-    try:
-        AutoConfig.from_pretrained(folder, local_files_only=True)
-        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
-    except (OSError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {named}: its config or generation_config.json cannot be exported: {reason}") from error
+    AutoConfig.from_pretrained(folder, local_files_only=True)
+    GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
     load_tokenizer(folder)
+
+
+@contextmanager
+def _one_line(what: str, folder: Path) -> Iterator[None]:
+    """What nonsense in the small files of `folder` runs into, as a UserError that names the folder."""
+    try:
+        yield
+    except folder_errors() as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{what} {folder}: its config.json, generation_config.json or tokenizer cannot be exported: {reason}"
+        ) from error
 
 
 def _write_config(base: Path, out: Path, dtype: torch.dtype) -> None:

@@ -108,9 +108,16 @@ class Recorder:
         self._append("events.jsonl", _stamped("rank_lost", self._step, {"reason": reason}))
 
     def history(self) -> list[tuple[int, float, float]]:
-        """(step, loss, gradient norm) of the updates that metrics.jsonl tells of; empty on ranks other than 0."""
+        """(step, loss, gradient norm) of the steps in metrics.jsonl, NaN where they were not finite.
+
+        Without the steps that were passed over; empty on ranks other than 0.
+        """
         lines = _read(self._out / "metrics.jsonl") if self._is_writer else []
-        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line.get("applied")]
+        return [
+            (line["step"], _number(line["loss"]), _number(line["grad_norm"]))
+            for line in lines
+            if "loss_by_source" in line
+        ]
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """One line in events.jsonl: start, resume, save, evaluate, skip, finish, ... with its facts."""
@@ -175,6 +182,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON lines file, none where there is no file; a last line that a crash cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _first_line(error: BaseException) -> str:

@@ -66,6 +66,12 @@ def read_model_config(folder: str) -> dict[str, Any]:
             f"model.path {folder}/config.json: model_type '{config.get('model_type')}' is not supported; "
             f"supported: {', '.join(FAMILIES)}"
         )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):  # frequencies depend on the longest document of a pack
+        raise UserError(
+            f"model.path {folder}/config.json: rope type longrope is not supported: documents of a pack would depend "
+            "on each other's length; use a model with another one"
+        )
     if config.get("attention_dropout"):
         raise UserError(
             f"model.path {folder}/config.json: attention_dropout {config['attention_dropout']} is not supported; "

@@ -111,11 +111,10 @@ def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: s
 
 def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor) -> Totals:
     """Everything that the ranks must agree on after a step: one all-reduce, one host sync."""
-    device = run.numerics.device
-    counts_2S = torch.from_numpy(batch.source_counts(run.inputs.train, np.concatenate(parts)).astype(np.float64))
-    flags = torch.tensor([float(run.saver.is_written()), *run.stop.own_request()], dtype=torch.float64)
+    counts_2S = batch.source_counts(run.inputs.train, np.concatenate(parts))
+    on_host = np.array([*counts_2S.flatten(), run.saver.is_written(), *run.stop.own_request()], dtype=np.float64)
     vector = torch.cat(
-        [losses.sum(dtype=torch.float64)[None], by_source_S.double(), counts_2S.flatten().to(device), flags.to(device)]
+        [losses.sum(dtype=torch.float64)[None], by_source_S.double(), batch.to_device(on_host, losses.device)]
     )
     dist.all_reduce(vector)
     loss, *rest, written, asked, code = vector.tolist()

@@ -1,6 +1,8 @@
 """ZeRO-3 supervised fine-tuning: `deepspeed … --module sft.train --config run.yaml [--section.key value]`."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from sft.config import RunConfig
 from sft.errors import run_rank
@@ -12,9 +14,34 @@ def main(argv: Sequence[str]) -> None:
     """Train, or resume, the run that the options describe; at its end, export the model."""
     inbox = Inbox()
     inbox.listen()  # first: the imports take seconds, in which a signal would end the process
+    config = load(RunConfig, argv, prog="sft train")
+    # a rank whose peers are lost says so in one line; torch's own account of the broken store is a C++ stack
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from sft.training import run_training
 
-    run_training(load(RunConfig, argv, prog="sft train"), inbox)
+    ended = run_training(config, inbox)
+    inbox.end_at_once()
+    if ended is None:
+        return
+    if ended.already:
+        print(f"{ended.out}: this run is finished ({ended.total_steps} steps); nothing to train")
+    elif ended.step < ended.total_steps:
+        print(f"{ended.out}: stopped after step {ended.step} of {ended.total_steps} as asked; run again to go on")
+        return
+    export(ended.out, ended.total_steps, Path(config.model.path))
+
+
+def export(out: Path, total_steps: int, base: Path) -> None:
+    """Export a finished run, once, and say where it is."""
+    from sft.checkpoint import step_folder
+    from sft.hf_folder import export_checkpoint, verify_export
+
+    last, folder = step_folder(out / "checkpoints", total_steps), out / "export"
+    if folder.exists():
+        verify_export(last, folder)
+    else:
+        export_checkpoint(last, base, folder)
+    print(f"model: {folder} (loaded back with transformers, every tensor equal to the checkpoint)")
 
 
 if __name__ == "__main__":

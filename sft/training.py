@@ -1,8 +1,8 @@
 """The course of a training run: start-up, the loop, saving, going back, the end."""
 
-import dataclasses
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -13,7 +13,7 @@ from sft.config import RunConfig
 from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
 from sft.errors import Preempted, UserError
 from sft.guard import Guard, Spike
-from sft.hf_folder import export_checkpoint, prove_export, verify_export
+from sft.hf_folder import prove_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
 from sft.isolation import prove_isolation
 from sft.metrics import Recorder
@@ -28,8 +28,24 @@ LOADING_LIMIT_S = 3600.0
 """A model or checkpoint that has not been read or written after an hour will not be."""
 
 
-def run_training(config: RunConfig, inbox: Inbox) -> None:
-    """Train, or resume, the run that `config` describes; at its end, export the model."""
+@dataclass(frozen=True)
+class Ended:
+    """How far a run is."""
+
+    out: Path
+    step: int
+    total_steps: int
+    already: bool
+    """It had been finished before this command."""
+
+
+def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
+    """Train, or resume, the run that `config` describes.
+
+    Returns:
+        On rank 0, how far the run is. The process group is gone then: what follows is rank 0's alone, and nobody waits
+        for it in a collective.
+    """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
     device = start_distributed()
@@ -44,10 +60,8 @@ def run_training(config: RunConfig, inbox: Inbox) -> None:
             watch_over(config, out, recorder) as watch,
         ):
             train(start_up(config, inputs, numerics, out, recorder, watch, stop))
-    inbox.end_at_once()
-    dist.destroy_process_group()  # what follows is rank 0's alone: nobody waits for it in a collective
-    if is_writer:
-        finish(config, inputs, out, already=finished)
+    dist.destroy_process_group()
+    return Ended(out, inputs.last_step, inputs.total_steps, finished) if is_writer else None
 
 
 def train(run: Run) -> None:
@@ -134,7 +148,7 @@ def start_from(run: Run) -> int:
 
 def undo(run: Run, spike: Spike) -> int | None:
     """Record a loss spike and, where the run is set to, go back before it; returns the step that was gone back to."""
-    run.recorder.warn("spike", str(spike), step=spike.step, **dataclasses.asdict(spike))
+    run.recorder.warn("spike", str(spike), step=spike.step, **asdict(spike))
     if run.config.guard.on_spike == "record":
         return None
     run.saver.finish()
@@ -215,19 +229,3 @@ def announce(run: Run) -> None:
     lines += [f"checkpoints     {run.saver.describe()}"]
     for line in lines:
         run.recorder.say(line)
-
-
-def finish(config: RunConfig, inputs: RunInputs, out: Path, *, already: bool) -> None:
-    """Export a finished run, once, and say where it is."""
-    if already:
-        print(f"{out}: this run is finished ({inputs.total_steps} steps); nothing to train")
-    elif inputs.last_step < inputs.total_steps:
-        print(f"{out}: stopped after step {inputs.last_step} of {inputs.total_steps} as asked; run again to go on")
-        return
-    last = checkpoint.step_folder(out / "checkpoints", inputs.total_steps)
-    export = out / "export"
-    if export.exists():
-        verify_export(last, export)
-    else:
-        export_checkpoint(last, Path(config.model.path), export)
-    print(f"model: {export} (loaded back with transformers, every tensor equal to the checkpoint)")

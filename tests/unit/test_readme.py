@@ -22,12 +22,13 @@ OPTIONS = {
     "augment": AugmentConfig,
     "show": config.ShowConfig,
     "train": config.RunConfig,
+    "blame": config.BlameConfig,
     "export": config.ExportConfig,
     "eval": config.EvalConfig,
     "drift": config.DriftConfig,
     "demo": config.DemoConfig,
 }
-POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run"}
+POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run", "blame": "run"}
 
 
 def shell_lines():
