@@ -50,7 +50,7 @@ def work(tmp_path_factory, base_model):
     assert "resumed from" in second.stdout
     (folder / "weightless").mkdir()
     shutil.copy(base_model / "config.json", folder / "weightless")
-    tiny.make_strategy(folder / "stage1.json", stage=1)
+    tiny.make_strategy(folder / "stage0.json", stage=0)
     sft("export", folder / "run", "--out", folder / "bf16", "--dtype", "bf16")
     sft("drift", "--base", base_model, "--tuned", folder / "run" / "export", "--data", folder / "evals",
         "--out", folder / "drift", "--dtype", "fp32")  # fmt: skip
@@ -125,12 +125,12 @@ BAD = {
     "missing model": (["--model.path", "{work}/none"], "no such folder"),
     "no model folder": (["--model.path", "{work}/evals"], "config.json"),
     "model without weights": (["--model.path", "{work}/weightless"], "no *.safetensors"),
-    "stage that cannot be saved": (["--deepspeed", "{work}/stage1.json"], "stage must be 2 or 3"),
+    "stage that cannot be saved": (["--deepspeed", "{work}/stage0.json"], "stage must be 1, 2 or 3"),
     "missing shards": (["--data.train", "{work}/none"], "no such folder"),
     "folder above the shards": (["--data.train", "{work}/data"], "did you mean its train/"),
     "ranks that do not divide": (["--batch.rows_per_step", "3"], "no multiple of 2 ranks"),
     "a typo": (["--optim.learning_rate", "1"], "did you mean"),
-    "a missing strategy": (["--deepspeed", "zero4"], "shipped: zero2"),
+    "a missing strategy": (["--deepspeed", "zero4"], "shipped: zero1"),
     "an out folder that is no run": (["--out", "{work}/data"], "is no run folder"),
     "a kernel that cannot run here": (["--model.attention", "varlen", "--out", "{work}/varlen"], "cannot run on cpu"),
 }

@@ -63,7 +63,7 @@ def test_what_cannot_be_used_is_named(tmp_path, content, message):
 
 
 def test_an_unknown_strategy_lists_the_shipped_ones():
-    with pytest.raises(UserError, match="shipped: zero2, zero3"):
+    with pytest.raises(UserError, match="shipped: zero1, zero2, zero3"):
         read_strategy("nowhere/zero3.json")
 
 
