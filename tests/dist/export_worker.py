@@ -9,13 +9,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from data_prep.shards import open_shards
-from sft import batch, checkpoint, train
+from sft import batch
 from sft.config import RunConfig
-from sft.engine import build_engine, choose_numerics, start_distributed
+from sft.engine import choose_numerics, start_distributed
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.order import step_rows
+from sft.preemption import StopRequest
 from sft.settings import load
+from sft.signals import Inbox
+from sft.step import train_step
+from sft.training import start_up, watch_over
 
 
 def main(argv: list[str]) -> None:
@@ -26,11 +30,15 @@ def main(argv: list[str]) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with Recorder(config, out, False, 2) as recorder:
-        engine = build_engine(config, inputs.strategy, numerics)
-        run = train.Run(config, inputs, numerics, engine, out, recorder, 0.0)
+        watch = watch_over(config, out, recorder)  # not started: a rank that is lost here ends the test by its launcher
+        run = start_up(config, inputs, numerics, out, recorder, watch, StopRequest(Inbox(), None))
         for step in range(2):
-            train.train_step(run, step)
-    checkpoint.save(engine, out / "checkpoints", 2, {"stop_id": 2, "chat_template": None}, None)
+            train_step(run, step)
+        run.saver.begin(2, None)
+        run.saver.finish()
+        run.saver.close()
+        run.stop.close()
+    engine = run.engine
     shards = open_shards(config.data.train)
     rows = step_rows(0, 0, len(shards), 1)
     engine.eval()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.template import alpaca_prompt
-from sft.checkpoint import newest_complete, read_meta
+from sft.checkpoint import newest_complete, read_meta, write_json
 from sft.errors import UserError
 from sft.export import main as export_main
 from sft.hf_folder import export_checkpoint
@@ -68,10 +68,7 @@ def test_a_chat_template_and_its_stop_token_come_along(trained, tmp_path):
     shutil.copytree(newest_complete(run / "checkpoints"), checkpoint)
     meta = read_meta(checkpoint)
     meta["identity"] |= {"stop_id": 7, "chat_template": "{{ messages }}"}
-    (checkpoint / "meta.json").write_text(json.dumps(meta))
-    complete = json.loads((checkpoint / "COMPLETE").read_text())
-    complete["bytes"]["meta.json"] = (checkpoint / "meta.json").stat().st_size
-    (checkpoint / "COMPLETE").write_text(json.dumps(complete))
+    write_json(checkpoint / "COMPLETE", {"meta.json": write_json(checkpoint / "meta.json", meta)})
     export_checkpoint(checkpoint, base, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [7, 2]
@@ -99,13 +96,32 @@ def test_control_a_changed_tensor_is_not_published(trained, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_slices_are_refused(trained, tmp_path):
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     base, run = trained
-    copy = tmp_path / "step-00000002"
-    shutil.copytree(newest_complete(run / "checkpoints"), copy)
-    (copy / "rank-00001-of-00002.safetensors").unlink()
+    copy = shutil.copytree(newest_complete(run / "checkpoints"), tmp_path / "step-00000002")
+    file = copy / "rank-00001-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="rank-00001-of-00002.safetensors has digest"):
+        export_checkpoint(copy, base, tmp_path / "out")
+    file.unlink()
     with pytest.raises(UserError, match="not complete"):
         export_checkpoint(copy, base, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"], "nothing was begun"
+
+
+def test_llama2s_generation_settings_are_exported(trained, tmp_path):
+    """Sampling values without do_sample, which transformers refuses to save."""
+    base, run = trained
+    copy = shutil.copytree(base, tmp_path / "base")
+    settings = {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "max_length": 4096, "pad_token_id": 0}
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    export_checkpoint(newest_complete(run / "checkpoints"), copy, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.max_length == 4096
+    model.save_pretrained(tmp_path / "again")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
 def test_generate_stops_at_eos(tmp_path, strategy):
