@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from sft import checkpoint, zero_state
 from sft.checkpoint import CONSTANT, Pieces
+from sft.errors import UserError
 
 
 def load(engine: Any, saved: Path) -> None:
@@ -34,11 +35,15 @@ def load(engine: Any, saved: Path) -> None:
 def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; collective, the ranks share the reading.
 
-    A damaged one is set aside under another name, told of loudly, and never loaded.
+    A damaged one is set aside under another name, told of loudly, and never loaded. The last one keeps its name, so that
+    the same command, started again by a scheduler, does not begin anew either.
 
     Args:
         find: gives the newest complete checkpoint.
         tell: called with what is wrong and the checkpoint's new place, on every rank.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
     """
     while (newest := agree(find())) is not None:
         names = from_first_rank(checkpoint.file_names(newest) if dist.get_rank() == 0 else None)
@@ -47,9 +52,19 @@ def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -
         lines = [line for rank_lines in found for line in rank_lines]
         if not lines:
             return newest
+        if from_first_rank(_is_last(newest)):
+            raise UserError(
+                f"checkpoint {newest}: is damaged, and no other is left ({'; '.join(lines)}); put an intact copy in its "
+                "place, or, to begin anew, choose another --out"
+            )
         aside = from_first_rank(checkpoint.set_aside(newest) if dist.get_rank() == 0 else None)
         tell(f"checkpoint {newest} is damaged and will not be used: {'; '.join(lines)}", aside)
     return None
+
+
+def _is_last(saved: Path) -> bool:
+    complete = [other for other in checkpoint.list_checkpoints(saved.parent) if checkpoint.is_complete(other)]
+    return complete == [saved]
 
 
 def agree(newest: Path | None) -> Path | None:
