@@ -1,0 +1,186 @@
+"""Started by tests: training runs on forked ranks, so that imports are paid for once.
+
+    run_worker PLAN.json FOLDER
+
+The plan is a list of stages, one after the other; a stage is a list of runs at the same time. A run is {"name", "ranks",
+"options": run options by flag} and perhaps "out": the run folder below FOLDER (default: the name), "patches": {one of
+PATCHES: its argument}; and, done to `out` before the start: "copy_of": where it is copied from, "flip": checkpoints in
+which a bit is flipped, and "files": {name: text} that it holds.
+Written to FOLDER: ends.jsonl, what every rank says (<name>.<rank>.out and .err), and the packs it reads (<name>.packs).
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sft.training
+from sft import batch, checkpoint, order, resume, schedule, zero_state
+from sft.errors import run_rank
+from sft.model import PackedCausalLM
+from sft.ports import free_port
+from sft.train import main as train
+from tests.dist.watchdog_worker import append
+
+
+def main(argv: list[str]) -> None:
+    """All stages of the plan."""
+    plan, folder = map(Path, argv)
+    for runs in json.loads(plan.read_text()):
+        ranks = {}
+        for run in runs:
+            if "copy_of" in run:
+                shutil.copytree(folder / run["copy_of"], folder / run["out"])
+            for checkpoint_name in run.get("flip", []):
+                flip(folder / run["out"] / "checkpoints" / checkpoint_name)
+            for name, text in run.get("files", {}).items():
+                (folder / run["out"]).mkdir(exist_ok=True)
+                (folder / run["out"] / name).write_text(text)
+            port = free_port()
+            for rank in range(run["ranks"]):
+                pid = os.fork()
+                if pid == 0:
+                    become_rank(run, rank, port, folder)
+                    run_rank(lambda _, run=run: train_patched(run, folder))
+                ranks[pid] = (run["name"], rank)
+        while ranks:
+            pid, status = os.wait()
+            name, rank = ranks.pop(pid)
+            append(folder / "ends.jsonl", run=name, rank=rank, code=os.waitstatus_to_exitcode(status))
+
+
+def flip(saved: Path) -> None:
+    """Flip a bit in the middle of the first rank's file."""
+    path = sorted(saved.glob("rank-*"))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def become_rank(run: dict[str, Any], rank: int, port: str, folder: Path) -> None:
+    """Make this forked process a rank with its own output."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        stream = os.open(folder / f"{run['name']}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(stream, descriptor)
+
+
+def train_patched(run: dict[str, Any], folder: Path) -> None:
+    """Train with what the run's patches do to it."""
+    note_packs(folder / f"{run['name']}.packs")
+    out = folder / run.get("out", run["name"])
+    for name, argument in run.get("patches", {}).items():
+        PATCHES[name](argument)
+    flags = [text for name, value in run["options"].items() for text in (f"--{name}", str(value))]
+    train([*flags, "--out", str(out)])
+
+
+STEP = 0
+"""The step (from 1) that this rank is in."""
+
+
+def note_packs(path: Path) -> None:
+    """Write down which packs this rank reads in which forward of which step."""
+    step_rows, from_shards = order.step_rows, batch.from_shards
+    forward = 0
+
+    def noted_step(seed: int, step: int, *sizes: int) -> order.Rows:
+        global STEP
+        nonlocal forward
+        if step + 1 != STEP:
+            STEP, forward = step + 1, 0
+        return step_rows(seed, step, *sizes)
+
+    def noted_packs(shards: Any, rows: order.Rows, device: torch.device) -> batch.MicroBatch:
+        nonlocal forward
+        append(path, step=STEP, forward=forward, rank=int(os.environ["RANK"]), packs=rows.tolist())
+        forward += 1
+        return from_shards(shards, rows, device)
+
+    order.step_rows, batch.from_shards = noted_step, noted_packs
+
+
+# What is done to a run
+
+
+def forget_adam_step(_: Any) -> None:
+    """A resume that does not know how many updates were made."""
+    original = zero_state.set_optimizer_step
+    zero_state.set_optimizer_step = lambda optimizer, step: original(optimizer, 0)
+
+
+def shift_moments(_: Any) -> None:
+    """A resume that puts every moment one element too far."""
+    original = checkpoint.Pieces.read
+
+    def read(self: checkpoint.Pieces, name: str, state: str, start: int, numel: int) -> torch.Tensor:
+        values = original(self, name, state, start, numel)
+        return values.roll(1) if state.startswith("exp_avg") else values
+
+    checkpoint.Pieces.read = read
+
+
+def raise_lr(steps: list[int]) -> None:
+    """A learning rate in these steps that wrecks the weights: the loss of the step after shows it."""
+    original = schedule.lr_at
+    schedule.lr_at = lambda step, *settings: 1.0 if step in steps else original(step, *settings)
+
+
+def poison(argument: list[Any]) -> None:
+    """[what, packs]: every forward that reads one of these packs has a loss or gradient that is not finite."""
+    what, packs = argument
+    from_shards, forward = batch.from_shards, PackedCausalLM.forward
+    poisoned = False
+
+    def watched(shards: Any, rows: order.Rows, device: torch.device) -> batch.MicroBatch:
+        nonlocal poisoned
+        poisoned = bool(set(packs) & set(rows.tolist()))
+        return from_shards(shards, rows, device)
+
+    def patched(self: PackedCausalLM, micro_batch: batch.MicroBatch, return_hidden: bool = False) -> Any:
+        result = forward(self, micro_batch, return_hidden)
+        if return_hidden or not poisoned:
+            return result
+        loss, by_source_S = result
+        return (loss * math.nan if what == "loss" else loss + (loss - loss.detach()).sqrt()), by_source_S
+
+    batch.from_shards, PackedCausalLM.forward = watched, patched
+
+
+def kill_before(argument: list[Any]) -> None:
+    """[function, call]: SIGKILL before the given call of a function."""
+    owner, name = KILL_PLACES[argument[0]]
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == argument[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+KILL_PLACES = {
+    "load": (resume, "load"),
+    "delete": (checkpoint, "delete"),
+    "write_json": (checkpoint, "write_json"),
+    "train_step": (sft.training, "train_step"),
+}
+PATCHES: dict[str, Callable[[Any], None]] = {
+    "forget_adam_step": forget_adam_step,
+    "shift_moments": shift_moments,
+    "raise_lr": raise_lr,
+    "poison": poison,
+    "kill_before": kill_before,
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
