@@ -35,8 +35,8 @@ def load(engine: Any, saved: Path) -> None:
 def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -> Path | None:
     """The newest checkpoint whose every byte is as it was written; collective, the ranks share the reading.
 
-    A damaged one is set aside under another name, told of loudly, and never loaded. The last one keeps its name, so that
-    the same command, started again by a scheduler, does not begin anew either.
+    A damaged one is set aside under another name, told of loudly, and never loaded. The last one keeps its name, so
+    that the same command, started again by a scheduler, does not begin anew either.
 
     Args:
         find: gives the newest complete checkpoint.
@@ -54,8 +54,8 @@ def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -
             return newest
         if from_first_rank(_is_last(newest)):
             raise UserError(
-                f"checkpoint {newest}: is damaged, and no other is left ({'; '.join(lines)}); put an intact copy in its "
-                "place, or, to begin anew, choose another --out"
+                f"checkpoint {newest}: is damaged, and no other is left ({'; '.join(lines)}); put an intact copy in "
+                "its place, or, to begin anew, choose another --out"
             )
         aside = from_first_rank(checkpoint.set_aside(newest) if dist.get_rank() == 0 else None)
         tell(f"checkpoint {newest} is damaged and will not be used: {'; '.join(lines)}", aside)

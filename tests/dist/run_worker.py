@@ -2,10 +2,10 @@
 
     run_worker PLAN.json FOLDER
 
-The plan is a list of stages, one after the other; a stage is a list of runs at the same time. A run is {"name", "ranks",
-"options": run options by flag} and perhaps "out": the run folder below FOLDER (default: the name), "patches": {one of
-PATCHES: its argument}; and, done to `out` before the start: "copy_of": where it is copied from, "flip": checkpoints in
-which a bit is flipped, and "files": {name: text} that it holds.
+The plan is a list of stages, one after the other; a stage is a list of runs at the same time. A run is {"name",
+"ranks", "options": run options by flag} and perhaps "out": the run folder below FOLDER (default: the name), "patches":
+{one of PATCHES: its argument}; and, done to `out` before the start: "copy_of": where it is copied from, "flip":
+checkpoints in which a bit is flipped, and "files": {name: text} that it holds.
 Written to FOLDER: ends.jsonl, what every rank says (<name>.<rank>.out and .err), and the packs it reads (<name>.packs).
 """
 

@@ -1,5 +1,6 @@
-"""A run that changes its ranks, micro-batch, ZeRO stage and offload at each resume equals the uninterrupted one, and one
-whose checkpoints are damaged goes on from an intact one or not at all. Run: pytest tests/dist/test_elastic_resume.py"""
+"""A run that changes its ranks, micro-batch, ZeRO stage and offload at each resume equals the uninterrupted one, and
+one whose checkpoints are damaged goes on from an intact one or not at all.
+Run: pytest tests/dist/test_elastic_resume.py (all runs of a stage at once; see run_worker)"""
 
 import pytest
 
