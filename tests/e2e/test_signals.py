@@ -13,7 +13,7 @@ from tests.dist.training import SETTINGS, metrics
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 
-STEPS = 40
+STEPS = 24
 
 
 def has_stepped(run):
