@@ -68,6 +68,7 @@ def verify_export(checkpoint: Path, folder: Path) -> None:
     Raises:
         UserError: it is of another checkpoint, or damaged.
     """
+    check_undamaged(checkpoint)
     dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
     _verify(checkpoint, read_meta(checkpoint)["shapes"], folder, DTYPES[dtype])
 

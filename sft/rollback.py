@@ -51,13 +51,14 @@ def _prepare(out: Path, checkpoints: Path, spike: Spike, max_rollbacks: int) -> 
     before = [saved for saved in complete if checkpoint.read_meta(saved)["step"] < spike.step - 1]
     if taken >= max_rollbacks or not before:
         return taken, None
+    # newest first, and before the note: after a kill in between, the run starts before the spike and meets it again
+    for abandoned in reversed(complete[len(before) :]):
+        checkpoint.delete(abandoned)
     rollbacks.append({"spike": spike.step, "to": before[-1].name, "passed_over": [spike.step - 1, spike.step]})
     partial = out / "rollbacks.json.partial"
     checkpoint.write_json(partial, rollbacks)
     os.replace(partial, out / "rollbacks.json")
     checkpoint.sync_folder(out)
-    for abandoned in complete[len(before) :]:
-        checkpoint.delete(abandoned)
     return taken, before[-1]
 
 

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -26,6 +26,7 @@ from sft.checkpoint import Piece
 from sft.config import CheckpointSection
 from sft.errors import UserError
 from sft.host_memory import available_host_memory
+from sft.resume import from_first_rank
 from sft.retention import superfluous
 
 COPY_SHARE = 0.5
@@ -65,11 +66,15 @@ class Saver:
         self._keep = keep
         self._record = record
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        flats = zero_state.flat_tensors(engine.optimizer)
+        # a thread begins on GPU 0, whichever is this rank's
+        choose_gpu = (torch.cuda.set_device, (flats[0].device,)) if flats[0].is_cuda else (None, ())
+        self._threads = ThreadPoolExecutor(1, "checkpoint", *choose_gpu)
+        self._deletions: list[Future[None]] = []
         self._current: _Save | None = None
         self._slices = list(zero_state.owned_slices(engine.optimizer))
         self._stall_s = 0.0
-        self._numel = sum(flat.numel() for flat in zero_state.flat_tensors(engine.optimizer))
+        self._numel = sum(flat.numel() for flat in flats)
         num_bytes = 4 * self._numel * len(zero_state.STATES)
         self.copies = num_bytes * local_ranks <= COPY_SHARE * available_host_memory()
         """Whether the state is copied to host memory before it is written."""
@@ -91,11 +96,7 @@ class Saver:
         self.finish()
         self.step = step
         began_s = time.perf_counter()
-        if self._rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.clear_abandoned(self._folder)
-            checkpoint.partial_folder(self._folder, step).mkdir()
-        dist.barrier()
+        self._on_first_rank(step, lambda: self._make_folder(step))
         released = Event()
         live = zero_state.state_tensors(self._engine.optimizer)
         constants = [
@@ -121,12 +122,13 @@ class Saver:
         return self._current is not None and self._current.written.done()
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if there is one, and publish it."""
+        """Wait for the save that is under way, if there is one, and publish it; wait for deletions."""
         if self._current is not None:
             began_s = time.perf_counter()
             self._current.written.exception()  # waits; publish() tells of it
             self._stall_s += time.perf_counter() - began_s
             self.publish()
+        wait(self._deletions)
 
     def publish(self) -> None:
         """Make a checkpoint of what every rank has written.
@@ -143,18 +145,16 @@ class Saver:
             if self._rank == 0:
                 checkpoint.clear_abandoned(self._folder)
             raise UserError(f"checkpoint of step {save.step}: {failed[0]}; earlier checkpoints are untouched")
-        if self._rank == 0:
-            files = {checkpoint.rank_file(rank, self._world_size): entry for rank, entry in enumerate(outcomes)}
-            checkpoint.publish(self._folder, save.step, self._meta(save, files))
-        dist.barrier()  # the thread of rank 0 deletes older ones; nobody may choose one of those now
+        files = {checkpoint.rank_file(rank, self._world_size): entry for rank, entry in enumerate(outcomes)}
+        meta = self._meta(save, files)
+        self._on_first_rank(save.step, lambda: checkpoint.publish(self._folder, save.step, meta))
         self.expected_s = time.perf_counter() - save.began_s
         self._stall_s += time.perf_counter() - began_s
         gib = sum(entry["bytes"] for entry in outcomes) / 2**30
         self._record("save", save.step, save_time_s=round(self.expected_s, 3), stall_s=round(self._stall_s, 3), gib=gib)
         if self._rank == 0:
             for dropped in superfluous(self._folder, self._keep):
-                self._record("delete", save.step, checkpoint=str(dropped))
-                self._threads.submit(checkpoint.delete, dropped)
+                self._deletions.append(self._threads.submit(self._delete, save.step, dropped))
 
     def take_stall_s(self) -> float:
         """Seconds that training has waited for saving since the last call. Not collective."""
@@ -164,6 +164,34 @@ class Saver:
     def close(self) -> None:
         """Wait for the thread. Not collective."""
         self._threads.shutdown()
+
+    def _make_folder(self, step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear_abandoned(self._folder)
+        checkpoint.partial_folder(self._folder, step).mkdir()
+
+    def _delete(self, step: int, dropped: Path) -> None:
+        try:
+            checkpoint.delete(dropped)
+        except OSError as error:
+            self._record("not_deleted", step, checkpoint=str(dropped), reason=str(error))
+        else:
+            self._record("delete", step, checkpoint=str(dropped))
+
+    def _on_first_rank(self, step: int, act: Callable[[], object]) -> None:
+        """Let rank 0 act while the others wait.
+
+        Raises:
+            UserError: the disk did not take it; on every rank.
+        """
+        said = None
+        if self._rank == 0:
+            try:
+                act()
+            except OSError as error:
+                said = self._describe(error)
+        if (said := from_first_rank(said)) is not None:
+            raise UserError(f"checkpoint of step {step}: {said}; earlier checkpoints are untouched")
 
     def _write(
         self,
@@ -213,9 +241,12 @@ class Saver:
             return written.result()
         if not isinstance(error, OSError):
             raise error
+        return {"error": self._describe(error)}
+
+    def _describe(self, error: OSError) -> str:
         what = error.strerror or str(error)
         full = "; free disk space, or keep fewer checkpoints" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return {"error": f"rank {self._rank} on {os.uname().nodename} could not write it: {what}{full}"}
+        return f"rank {self._rank} on {os.uname().nodename} could not write it: {what}{full}"
 
     def _meta(self, save: _Save, files: dict[str, Any]) -> dict[str, Any]:
         return {

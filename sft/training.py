@@ -51,7 +51,10 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     device = start_distributed()
     stop = StopRequest(inbox, ends_at_s(config.max_hours))
     is_writer = dist.get_rank() == 0
+    damaged: list[tuple[str, Path]] = []
     finished = steps_of(resume.agree(find_resume(config, inputs))) == inputs.total_steps
+    if finished:  # by its name; by its bytes?
+        finished = steps_of(undamaged(config, inputs, damaged)) == inputs.total_steps
     if not finished:
         numerics = choose_numerics(config, device, inputs.model_config["model_type"])
         write_config(config, out)
@@ -59,15 +62,19 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
             Recorder(config, out, is_writer, inputs.total_steps) as recorder,
             watch_over(config, out, recorder) as watch,
         ):
-            train(start_up(config, inputs, numerics, out, recorder, watch, stop))
+            watch.mark("checking the checkpoint", 0, LOADING_LIMIT_S)
+            newest = undamaged(config, inputs, damaged)
+            for what, aside in damaged:
+                recorder.warn("damaged", what, checkpoint=str(aside))
+            train(start_up(config, inputs, numerics, out, recorder, watch, stop), newest)
     dist.destroy_process_group()
     return Ended(out, inputs.last_step, inputs.total_steps, finished) if is_writer else None
 
 
-def train(run: Run) -> None:
-    """From the base model, or the newest checkpoint, to the last step, or until the run is asked to stop."""
+def train(run: Run, newest: Path | None) -> None:
+    """From the base model, or the checkpoint `newest`, to the last step, or until the run is asked to stop."""
     config, inputs, recorder = run.config, run.inputs, run.recorder
-    step = start_from(run)
+    step = start_from(run, newest)
     guard = Guard(config.guard, inputs.steps_per_epoch, resume.from_first_rank(recorder.history()))
     passed_over = rollback.passed_over(run.out)
     while step < inputs.last_step and run.stop.reason is None:
@@ -124,19 +131,14 @@ def start_up(
     return run
 
 
-def start_from(run: Run) -> int:
+def start_from(run: Run, newest: Path | None) -> int:
     """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
     recorder = run.recorder
     for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
         recorder.warn("torn", f"checkpoint {torn} is not complete and will not be used", checkpoint=str(torn))
-
-    def tell(what: str, aside: Path) -> None:
-        recorder.warn("damaged", what, checkpoint=str(aside))
-
-    run.watch.mark("loading the checkpoint", 0, LOADING_LIMIT_S)
-    newest = resume.choose(lambda: find_resume(run.config, run.inputs), tell)
     step = steps_of(newest)
     if newest is not None:
+        run.watch.mark("loading the checkpoint", step, LOADING_LIMIT_S)
         resume.load(run.engine, newest)
         recorder.say(f"resumed from {newest}")
     recorder.forget_after(step)
@@ -195,6 +197,11 @@ def ends_at_s(max_hours: float | None) -> float | None:
         return None
     age_s = time.time() - psutil.Process().create_time()
     return time.monotonic() - age_s + max_hours * 3600
+
+
+def undamaged(config: RunConfig, inputs: RunInputs, damaged: list[tuple[str, Path]]) -> Path | None:
+    """The checkpoint to go on from; adds those that were found damaged, and where they are now, to the list."""
+    return resume.choose(lambda: find_resume(config, inputs), lambda what, aside: damaged.append((what, aside)))
 
 
 def steps_of(saved: Path | None) -> int:
