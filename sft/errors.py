@@ -4,11 +4,13 @@ Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's i
 4 its guard stopped it, 5 another rank died or hung, 75 it was asked to stop and saved (EX_TEMPFAIL: run it again).
 """
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from contextlib import suppress
+from typing import NoReturn, TextIO
 
 EXIT_BAD_INPUT = 2
 EXIT_GATE_FAILED = 3
@@ -76,6 +78,7 @@ def run_rank(main: Callable[[Sequence[str]], None]) -> NoReturn:
     An orderly exit waits for nothing here: threads of the process group that are still alive would abort it
     (SIGABRT), and the launcher would report that instead of the mistake.
     """
+    sys.stdout, sys.stderr = _Tolerant.over(sys.stdout), _Tolerant.over(sys.stderr)
     try:
         code = run_command(main)
     except SystemExit as left:
@@ -86,6 +89,23 @@ def run_rank(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class _Tolerant(io.TextIOWrapper):
+    """A stream whose reader may leave: a run must not end because a terminal was closed or a pipe was cut."""
+
+    @classmethod
+    def over(cls, stream: TextIO) -> "TextIO":
+        return cls(stream.buffer, stream.encoding, stream.errors, line_buffering=True)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
 
 
 def _say(line: str, *, agreed: bool = False) -> None:

@@ -122,12 +122,6 @@ def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
     return newest
 
 
-def reached_last_step(config: RunConfig, inputs: RunInputs) -> bool:
-    """Whether the run's newest complete checkpoint is the one that it was started for."""
-    newest = newest_complete(Path(config.out) / "checkpoints")
-    return newest is not None and read_meta(newest)["step"] >= inputs.last_step
-
-
 def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
     """The derived numbers, shown as the products that made them."""
     rows, micro = config.batch.rows_per_step, config.batch.micro_batch

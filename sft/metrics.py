@@ -83,10 +83,10 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
-            self._progress.stop()
         if error is not None and not isinstance(error, RankLost):  # of a lost rank the watchdog has told
             self.event(ENDINGS.get(type(error), "error"), self._step, reason=_first_line(error))
+        if self._progress:
+            self._progress.stop()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
         if self._tensorboard is not None:

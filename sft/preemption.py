@@ -70,7 +70,10 @@ class StopRequest:
             return
         number, rank = divmod(int(code), RANKS)
         if asked > 1:
-            self.reason = f"{int(asked)} ranks received signals"
+            own = self._inbox.received
+            self.reason = f"{int(asked)} ranks received signals" + (
+                f", rank {dist.get_rank()} {own.name}" if own else ""
+            )
         elif number == TIME_IS_UP:
             self.reason = "max_hours is nearly over"
         else:
