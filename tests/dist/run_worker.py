@@ -27,33 +27,41 @@ from sft.errors import run_rank
 from sft.model import PackedCausalLM
 from sft.ports import free_port
 from sft.train import main as train
-from tests.dist.watchdog_worker import append
+from tests.dist.watchdog_worker import append, send
 
 
 def main(argv: list[str]) -> None:
     """All stages of the plan."""
     plan, folder = map(Path, argv)
     for runs in json.loads(plan.read_text()):
-        ranks = {}
-        for run in runs:
-            if "copy_of" in run:
-                shutil.copytree(folder / run["copy_of"], folder / run["out"])
-            for checkpoint_name in run.get("flip", []):
-                flip(folder / run["out"] / "checkpoints" / checkpoint_name)
-            for name, text in run.get("files", {}).items():
-                (folder / run["out"]).mkdir(exist_ok=True)
-                (folder / run["out"] / name).write_text(text)
-            port = free_port()
-            for rank in range(run["ranks"]):
-                pid = os.fork()
-                if pid == 0:
-                    become_rank(run, rank, port, folder)
-                    run_rank(lambda _, run=run: train_patched(run, folder))
-                ranks[pid] = (run["name"], rank)
-        while ranks:
-            pid, status = os.wait()
-            name, rank = ranks.pop(pid)
-            append(folder / "ends.jsonl", run=name, rank=rank, code=os.waitstatus_to_exitcode(status))
+        ranks: dict[int, tuple[str, int]] = {}
+        try:
+            for run in runs:
+                make_ready(run, folder / run.setdefault("out", run["name"]))
+                port = free_port()
+                for rank in range(run["ranks"]):
+                    pid = os.fork()
+                    if pid == 0:
+                        become_rank(run, rank, port, folder)
+                        run_rank(lambda _, run=run: train_patched(run, folder))
+                    ranks[pid] = (run["name"], rank)
+            while ranks:
+                pid, status = os.wait()
+                name, rank = ranks.pop(pid)
+                append(folder / "ends.jsonl", run=name, rank=rank, code=os.waitstatus_to_exitcode(status))
+        finally:
+            send(signal.SIGKILL, list(ranks))
+
+
+def make_ready(run: dict[str, Any], out: Path) -> None:
+    """What is done to the run folder before the start."""
+    if "copy_of" in run:
+        shutil.copytree(out.parent / run["copy_of"], out)
+    for saved in run.get("flip", []):
+        flip(out / "checkpoints" / saved)
+    for name, text in run.get("files", {}).items():
+        out.mkdir(exist_ok=True)
+        (out / name).write_text(text)
 
 
 def flip(saved: Path) -> None:
@@ -76,11 +84,10 @@ def become_rank(run: dict[str, Any], rank: int, port: str, folder: Path) -> None
 def train_patched(run: dict[str, Any], folder: Path) -> None:
     """Train with what the run's patches do to it."""
     note_packs(folder / f"{run['name']}.packs")
-    out = folder / run.get("out", run["name"])
     for name, argument in run.get("patches", {}).items():
         PATCHES[name](argument)
     flags = [text for name, value in run["options"].items() for text in (f"--{name}", str(value))]
-    train([*flags, "--out", str(out)])
+    train([*flags, "--out", str(folder / run["out"])])
 
 
 STEP = 0
