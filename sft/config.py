@@ -281,7 +281,8 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     deepspeed: str = "zero3"
-    """A DeepSpeed JSON file, or the name of a shipped one: zero2, zero3, zero3_offload_optimizer, zero3_offload_all."""
+    """A DeepSpeed JSON file, or the name of a shipped one: zero1, zero2, zero3, zero3_offload_optimizer,
+    zero3_offload_all."""
     checkpoint: CheckpointSection = CheckpointSection()
     guard: GuardSection = GuardSection()
     eval: EvalSection = EvalSection()

@@ -43,6 +43,8 @@ def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
     """The flat fp32 tensors that this rank's optimizer steps."""
     if _is_stage3(optimizer):
         return optimizer.fp32_partitioned_groups_flat
+    if hasattr(optimizer, "bf16_groups"):  # what DeepSpeed makes of ZeRO-1 in bf16 with fp32 accumulation
+        return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
 
 
@@ -149,7 +151,8 @@ def _stage3_slices(optimizer: Any) -> Iterator[Slice]:
 
 
 def _stage12_slices(optimizer: Any) -> Iterator[Slice]:
-    for flat, parameters in enumerate(optimizer.bit16_groups):
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    for flat, parameters in enumerate(groups):
         for parameter in parameters:
             if (mapping := parameter._hp_mapping) is not None:
                 low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
