@@ -4,8 +4,8 @@
 
 The plan is a list of stages, one after the other; a stage is a list of runs at the same time. A run is {"name",
 "ranks", "options": run options by flag} and perhaps "out": the run folder below FOLDER (default: the name), "patches":
-{one of PATCHES: its argument}; and, done to `out` before the start: "copy_of": where it is copied from, "flip":
-checkpoints in which a bit is flipped, and "files": {name: text} that it holds.
+{one of PATCHES: its argument}; and, done to `out` before the start: "copy_of": where it is copied from, "remove":
+files and folders in it, "flip": checkpoints in which a bit is flipped, and "files": {name: text} that it holds.
 Written to FOLDER: ends.jsonl, what every rank says (<name>.<rank>.out and .err), and the packs it reads (<name>.packs).
 """
 
@@ -57,6 +57,11 @@ def make_ready(run: dict[str, Any], out: Path) -> None:
     """What is done to the run folder before the start."""
     if "copy_of" in run:
         shutil.copytree(out.parent / run["copy_of"], out)
+    for path in run.get("remove", []):
+        if (out / path).is_dir():
+            shutil.rmtree(out / path)
+        else:
+            (out / path).unlink()
     for saved in run.get("flip", []):
         flip(out / "checkpoints" / saved)
     for name, text in run.get("files", {}).items():
@@ -124,6 +129,17 @@ def forget_adam_step(_: Any) -> None:
     zero_state.set_optimizer_step = lambda optimizer, step: original(optimizer, 0)
 
 
+def lose_moments(_: Any) -> None:
+    """A resume that begins with moments of zero."""
+    original = checkpoint.Pieces.read
+
+    def read(self: checkpoint.Pieces, name: str, state: str, start: int, numel: int) -> torch.Tensor:
+        values = original(self, name, state, start, numel)
+        return values * 0 if state.startswith("exp_avg") else values
+
+    checkpoint.Pieces.read = read
+
+
 def shift_moments(_: Any) -> None:
     """A resume that puts every moment one element too far."""
     original = checkpoint.Pieces.read
@@ -183,6 +199,7 @@ KILL_PLACES = {
 }
 PATCHES: dict[str, Callable[[Any], None]] = {
     "forget_adam_step": forget_adam_step,
+    "lose_moments": lose_moments,
     "shift_moments": shift_moments,
     "raise_lr": raise_lr,
     "poison": poison,

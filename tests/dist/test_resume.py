@@ -1,35 +1,57 @@
-"""Stop and resume equals the uninterrupted run, across an epoch boundary. Run: pytest tests/dist/test_resume.py"""
+"""Stop and resume equals the uninterrupted run, across an epoch boundary; what may not be resumed is refused.
+Run: pytest tests/dist/test_resume.py (all runs of a stage at once; see run_worker)"""
 
-import json
 import shutil
 
 import pytest
-import xxhash
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from tests.dist.training import largest_difference, metrics, train, weights
+from tests.dist.runs import Runs
+from tests.dist.training import SETTINGS, largest_difference, metrics, train, weights
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
-OPTIONS = {"train__max_steps": 6, "checkpoint__every": 2, "eval__every": 2}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, base_model, prepared, strategy):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(out, base_model, prepared, strategy, 2, data__heldout=prepared / "heldout", **OPTIONS)
-    return out
+STEPS = 6
+LAST = "checkpoints/step-00000006"
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory, base_model, prepared, strategy):
-    out = tmp_path_factory.mktemp("parts") / "run"
-    options = {"data__heldout": prepared / "heldout", **OPTIONS}
-    train(out, base_model, prepared, strategy, 2, train__stop_after=3, **options)
-    train(out, base_model, prepared, strategy, 2, **options)
-    return out
+def runs(tmp_path_factory, base_model, prepared, strategy):
+    options = {
+        **SETTINGS, "model.path": base_model, "data.train": prepared / "train", "data.heldout": prepared / "heldout",
+        "deepspeed": strategy, "train.max_steps": STEPS, "checkpoint.every": 2, "eval.every": 2,
+    }  # fmt: skip
+
+    def run(name, ranks=2, changes=None, **more):
+        return {"name": name, "ranks": ranks, "options": options | (changes or {}), **more}
+
+    def copy(name, remove, **more):
+        return run(name, copy_of="parts", remove=["export", *remove], out=name, **more)
+
+    first = [
+        run("whole"),
+        run("first_part", changes={"train.stop_after": 3}, out="parts"),
+        run("other_order", ranks=1, changes={"data.seed": 1, "train.stop_after": 2}),
+    ]
+    third = [
+        run("whole_again", out="whole"),
+        copy("torn", [f"{LAST}/COMPLETE"]),
+        copy("refused", [LAST], ranks=1, changes={"batch.rows_per_step": 4, "optim.lr": 0.5}),
+        copy("moments_lost", [LAST], patches={"lose_moments": True}),
+    ]
+    return Runs(tmp_path_factory.mktemp("resume"), [first, [run("second_part", out="parts")], third])
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    return runs.folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def parts(runs):
+    runs.ended_with("first_part", 0)
+    runs.ended_with("second_part", 0)
+    return runs.folder / "parts"
 
 
 def test_the_run_crosses_an_epoch(whole):
@@ -55,9 +77,9 @@ def test_heldout_loss_is_measured_and_equal(whole, parts):
     assert again[-1] == pytest.approx(measured[-1], rel=1e-6)
 
 
-def test_control_another_order_gives_other_losses(whole, tmp_path, base_model, prepared, strategy):
-    train(tmp_path / "run", base_model, prepared, strategy, 1, data__seed=1, train__stop_after=2, **OPTIONS)
-    one, other = metrics(whole), metrics(tmp_path / "run")
+def test_control_another_order_gives_other_losses(runs, whole):
+    runs.ended_with("other_order", 0)
+    one, other = metrics(whole), metrics(runs.folder / "other_order")
     assert abs(one[0]["loss"] - other[0]["loss"]) / one[0]["loss"] > 1e-3
 
 
@@ -80,71 +102,40 @@ def test_retention_keeps_the_newest_two_and_the_best(whole):
     assert kept == {f"step-{step:08d}" for step in {4, 6, best}}
 
 
-def test_a_finished_run_says_so(whole, base_model, prepared, strategy):
-    done = train(whole, base_model, prepared, strategy, 2, data__heldout=prepared / "heldout", **OPTIONS)
-    assert "finished" in done.stdout
-    assert len(metrics(whole)) == 6
+def test_a_finished_run_says_so(runs, whole):
+    runs.ended_with("whole_again", 0)
+    assert "finished" in runs.said("whole_again")
+    assert len(metrics(whole)) == STEPS
 
 
-def test_a_checkpoint_without_marker_is_left_alone(parts, tmp_path, base_model, prepared, strategy):
+def test_a_checkpoint_without_marker_is_left_alone(runs, parts):
     """The newest folder lost its marker: the run goes on from the one before."""
-    out = tmp_path / "run"
-    shutil.copytree(parts, out)
-    shutil.rmtree(out / "export")
-    (out / "checkpoints" / "step-00000006" / "COMPLETE").unlink()
-    done = train(out, base_model, prepared, strategy, 2, data__heldout=prepared / "heldout", **OPTIONS)
-    (torn,) = [event for event in tiny.read_jsonl(out / "events.jsonl") if event["event"] == "torn"]
-    assert f"WARNING: {torn['reason']}" in done.stdout
-    assert "step-00000006 is not complete and will not be used" in torn["reason"]
-    events = [event for event in tiny.read_jsonl(out / "events.jsonl") if event["event"] == "resume"]
-    assert events[-1]["step"] == 4
-    assert largest_difference(weights(out), weights(parts)) < 1e-6
+    runs.ended_with("torn", 0)
+    (event,) = runs.events("torn", "torn")
+    assert "step-00000006 is not complete and will not be used" in event["reason"]
+    assert f"WARNING: {event['reason']}" in runs.said("torn")
+    assert runs.events("torn", "resume")[-1]["step"] == 4
+    assert largest_difference(weights(runs.folder / "torn"), weights(parts)) < 1e-6
 
 
-def test_another_runs_checkpoint_is_refused(parts, tmp_path, base_model, prepared, strategy):
-    out = tmp_path / "run"
-    shutil.copytree(parts, out)
-    shutil.rmtree(out / "checkpoints" / "step-00000006")
-    config = (out / "config.yaml").read_text()
-    options = {**OPTIONS, "batch__rows_per_step": 4, "optim__lr": 0.5}
-    done = train(out, base_model, prepared, strategy, 1, expect=2, **options)
-    assert "belongs to another run" in done.stderr
-    assert "rows_per_step: was 8, now 4" in done.stderr
-    assert "optim.lr: was 0.01, now 0.5" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (out / "config.yaml").read_text() == config, "a refused resume changes nothing"
+def test_another_runs_checkpoint_is_refused(runs, parts):
+    runs.ended_with("refused", 2)
+    said = runs.said("refused")
+    assert "belongs to another run" in said
+    assert "rows_per_step: was 8, now 4" in said
+    assert "optim.lr: was 0.01, now 0.5" in said
+    assert "Traceback" not in said
+    written, copied = ((folder / "config.yaml").read_text() for folder in (parts, runs.folder / "refused"))
+    assert written == copied, "a refused resume changes nothing"
 
 
-def sign_again(saved):
-    """Make an edited checkpoint undamaged: sizes and digests of what it holds now."""
-
-    def entry(path):
-        content = path.read_bytes()
-        return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
-
-    meta = json.loads((saved / "meta.json").read_text())
-    meta["files"] = {name: entry(saved / name) for name in meta["files"]}
-    (saved / "meta.json").write_text(json.dumps(meta))
-    (saved / "COMPLETE").write_text(json.dumps({"meta.json": entry(saved / "meta.json")}))
-
-
-def test_control_lost_moments_are_noticed(whole, parts, tmp_path, base_model, prepared, strategy):
-    """With the moments zeroed in an otherwise whole checkpoint, the steps after it come out different."""
-    out = tmp_path / "run"
-    shutil.copytree(parts, out)
-    shutil.rmtree(out / "export")
-    shutil.rmtree(out / "checkpoints" / "step-00000006")
-    saved = out / "checkpoints" / "step-00000004"
-    for file in saved.glob("rank-*"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        tensors = {key: value * ("fp32" in key) for key, value in load_file(file).items()}
-        save_file(tensors, file, metadata=metadata)
-    sign_again(saved)
-    train(out, base_model, prepared, strategy, 2, data__heldout=prepared / "heldout", **OPTIONS)
-    lost, kept = metrics(out)[-1]["loss"], metrics(whole)[-1]["loss"]
+def test_control_lost_moments_are_noticed(runs, whole):
+    """The steps after a resume with moments of zero come out different."""
+    runs.ended_with("moments_lost", 0)
+    assert runs.events("moments_lost", "resume")[-1]["step"] == 4
+    lost, kept = metrics(runs.folder / "moments_lost")[-1]["loss"], metrics(whole)[-1]["loss"]
     assert abs(lost - kept) / kept > 1e-4
-    assert largest_difference(weights(out), weights(whole)) > 1e-4
+    assert largest_difference(weights(runs.folder / "moments_lost"), weights(whole)) > 1e-4
 
 
 def test_an_export_on_the_way_is_not_taken_for_the_end(tmp_path, base_model, prepared, strategy):
