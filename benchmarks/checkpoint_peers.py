@@ -74,7 +74,7 @@ class Peer:
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
-    def close(self) -> None:
+    def wait_for_deletions(self) -> None:
         """Wait for the thread. Not collective."""
         self._threads.shutdown()
 
@@ -120,10 +120,10 @@ class DcpSaver(Peer):
         self._stager = DefaultStager(options)
         self._staged: Future[Any] | None = None
 
-    def close(self) -> None:
+    def wait_for_deletions(self) -> None:
         """Let go of the copy as well."""
         self._stager.close()
-        super().close()
+        super().wait_for_deletions()
 
     def load(self) -> None:
         """dcp.load in place, then the compute weights."""

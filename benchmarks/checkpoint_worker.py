@@ -48,10 +48,10 @@ def main() -> None:
         watch = Watchdog(dist.get_rank(), dist.get_world_size(), 60.0, 900.0, recorder.last_words, out)
         engine = build_engine(config, inputs.strategy, numerics)
         saver = make_saver(facts["side"], engine, config, int(os.environ["LOCAL_SIZE"]), record)
-        run = Run(config, inputs, numerics, engine, out, recorder, watch, stop, saver, 0.0)
+        run = Run(config, inputs, {}, numerics, engine, out, recorder, watch, stop, saver, 0.0)
         figures = save_while_training(run, saved, facts["saves"], facts["plain_steps"])
         figures |= load_again(run, facts["saves"])
-        saver.close()
+        saver.wait_for_deletions()
         stop.close()
         num_bytes = 4 * len(zero_state.STATES) * sum(x.numel() for x in zero_state.flat_tensors(engine.optimizer))
         figures["plain_write_s"] = [plain_write_s(out, num_bytes) for _ in range(facts["saves"])]

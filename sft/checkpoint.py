@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,12 @@ def delete(checkpoint: Path) -> None:
     _remove(doomed)
 
 
+def make_room(folder: Path) -> None:
+    """Make the folder of checkpoints, without what killed saves and deletions have left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(folder)
+
+
 def clear_abandoned(folder: Path) -> None:
     """Remove what saves and deletions that were killed have left."""
     for suffix in (".partial", ".replaced", ".deleted"):
@@ -162,24 +168,28 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def damage(checkpoint: Path, names: Iterable[str]) -> list[str]:
-    """Which of these files of a complete checkpoint do not hold what was written, a line each."""
-    files = {**json.loads((checkpoint / "COMPLETE").read_text()), **read_meta(checkpoint)["files"]}
+def digests(checkpoint: Path) -> dict[str, str]:
+    """What was written to each file of a complete checkpoint, by name: xxh3_128.
+
+    Raises:
+        UserError: it is not complete.
+    """
+    files = {**read_meta(checkpoint)["files"], **json.loads((checkpoint / "COMPLETE").read_text())}
+    return {name: files[name]["xxh3_128"] for name in sorted(files)}
+
+
+def damage(checkpoint: Path, written: Mapping[str, str]) -> list[str]:
+    """Which of these files, by name and digest, do not hold what was written, a line each."""
     lines = []
-    for name in names:
+    for name, digest in written.items():
         try:
             found = _digest(checkpoint / name)
         except OSError as error:
             lines.append(f"{name} cannot be read ({error.strerror})")
             continue
-        if found != files[name]["xxh3_128"]:
-            lines.append(f"{name} has digest {found}, written was {files[name]['xxh3_128']}")
+        if found != digest:
+            lines.append(f"{name} has digest {found}, written was {digest}")
     return lines
-
-
-def file_names(checkpoint: Path) -> list[str]:
-    """Every file of a complete checkpoint that a digest is known of, in an order that all ranks share."""
-    return ["meta.json", *sorted(read_meta(checkpoint)["files"])]
 
 
 def check_undamaged(checkpoint: Path) -> None:
@@ -188,7 +198,7 @@ def check_undamaged(checkpoint: Path) -> None:
     Raises:
         UserError: a file does not hold what was written.
     """
-    if lines := damage(checkpoint, file_names(checkpoint)):
+    if lines := damage(checkpoint, digests(checkpoint)):
         raise UserError(f"checkpoint {checkpoint}: {lines[0]}; it is damaged, use another")
 
 
@@ -197,9 +207,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix == "")
 
 
+def list_torn(folder: Path) -> list[Path]:
+    """Checkpoint folders that are not complete."""
+    return [checkpoint for checkpoint in list_checkpoints(folder) if not is_complete(checkpoint)]
+
+
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lives."""
     return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps after which it was written; 0 for none."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
 def partial_folder(folder: Path, step: int) -> Path:
@@ -226,7 +246,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     meta = json.loads((checkpoint / "meta.json").read_text())
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {checkpoint}: format {meta['format_version']}, this version reads {FORMAT_VERSION}"
+            f"checkpoint {checkpoint}: has format {meta['format_version']}, and this version reads {FORMAT_VERSION}; "
+            "go on with the version that wrote it, or choose another --out"
         )
     return meta
 
@@ -267,17 +288,19 @@ def check_shapes(checkpoint: Path, saved: dict[str, list[int]], current: dict[st
 
 
 class Pieces:
-    """Random access to flattened tensors across the rank files of a checkpoint, memory-mapped."""
+    """Random access to flattened tensors across the rank files of a complete checkpoint, memory-mapped.
 
-    def __init__(self, checkpoint: Path) -> None:
+    Files are opened when they are needed, the nearest ones first: a rank that goes on with the number of ranks that
+    wrote needs one, and not the thousand.
+    """
+
+    def __init__(self, checkpoint: Path, files: Sequence[str] | None = None, position: float = 0.0) -> None:
+        """`files`: names in meta.json, read from there if left out; `position`: of this rank among all, in [0, 1)."""
+        names = list(read_meta(checkpoint)["files"]) if files is None else sorted(files)
         self._checkpoint = checkpoint
+        self._unopened = sorted(names, key=lambda name: abs(names.index(name) / len(names) - position), reverse=True)
         self._where: dict[str, list[tuple[int, int, Any]]] = {}
         self._constant: set[str] = set()
-        for listed in sorted(read_meta(checkpoint)["files"]):
-            file = safe_open(checkpoint / listed, framework="pt")
-            self._constant |= {key.rpartition("|")[0] for key in file.keys() if key.endswith(f"|{CONSTANT}")}  # noqa: SIM118
-            for name, (start, numel) in json.loads(file.metadata()["slices"]).items():
-                self._where.setdefault(name, []).append((start, numel, file))
 
     def read(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened tensor `name`, on the CPU, in the dtype that was saved.
@@ -285,22 +308,37 @@ class Pieces:
         Raises:
             UserError: the files do not hold all of them.
         """
-        parts = []
+        while (found := self._find(name, start, numel)) is None and self._unopened:
+            self._open(self._unopened.pop())
+        if found is None:
+            raise UserError(
+                f"checkpoint {self._checkpoint}: does not hold elements {start} to {start + numel} of {name}|{state}; "
+                "it is damaged"
+            )
+        parts = [file.get_slice(f"{name}|{state}")[low:high] for low, high, file in found]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _find(self, name: str, start: int, numel: int) -> list[tuple[int, int, Any]] | None:
+        """The runs of pieces that make up these elements, in order; None where the opened files lack some."""
+        runs = []
         expected = start
-        for piece_start, piece_numel, file in sorted(self._where.get(name, []), key=lambda found: found[0]):
+        for piece_start, piece_numel, file in sorted(self._where.get(name, []), key=lambda piece: piece[0]):
             low, high = max(start, piece_start), min(start + numel, piece_start + piece_numel)
             if low < high and low == expected:
-                parts.append(file.get_slice(f"{name}|{state}")[low - piece_start : high - piece_start])
+                runs.append((low - piece_start, high - piece_start, file))
                 expected = high
-        if expected != start + numel:
-            raise UserError(
-                f"checkpoint {self._checkpoint}: holds {expected - start} of {numel} elements of {name}|{state} "
-                f"from {start}; it is damaged"
-            )
-        return torch.cat(parts) if parts else torch.empty(0)
+        return runs if expected == start + numel else None
+
+    def _open(self, file_name: str) -> None:
+        file: Any = safe_open(self._checkpoint / file_name, framework="pt")
+        self._constant |= {key.rpartition("|")[0] for key in file.keys() if key.endswith(f"|{CONSTANT}")}  # noqa: SIM118
+        for name, (start, numel) in json.loads(file.metadata()["slices"]).items():
+            self._where.setdefault(name, []).append((start, numel, file))
 
     def weights(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """A whole parameter (fp32 where it was trained) or buffer."""
+        while self._unopened:
+            self._open(self._unopened.pop())
         state = CONSTANT if name in self._constant else STATES[0]
         return self.read(name, state, 0, math.prod(shape)).reshape(tuple(shape))
 

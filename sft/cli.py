@@ -80,7 +80,8 @@ def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Pa
     import torch
 
     from sft.config import RunConfig
-    from sft.inputs import find_resume, open_inputs, run_folder
+    from sft.inputs import find_resume, open_inputs
+    from sft.run_folder import run_folder
     from sft.settings import load
 
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()

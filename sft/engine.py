@@ -43,7 +43,8 @@ OWNED_KEYS = (
 )
 """Keys of a DeepSpeed file whose value follows from the run config; in the file they are an error."""
 
-GROUP_TIMEOUT = timedelta(minutes=30)
+GROUP_TIMEOUT = timedelta(hours=2)
+"""Longer than anything that sft.watchdog waits for: it names the rank, and a group's own timeout aborts every rank."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ def read_strategy(name: str) -> dict[str, Any]:
     for part in ("offload_optimizer", "offload_param"):
         if (device := (zero.get(part) or {}).get("device", "none")) not in ("none", "cpu"):
             raise UserError(f"deepspeed {path}: {part}.device '{device}' is not supported; use cpu")
+        if other := [key for key in ("ratio", "super_offload") if key in (zero.get(part) or {})]:
+            raise UserError(f"deepspeed {path}: {part}.{other[0]} is not supported: its checkpoints would be wrong")
+    if "zenflow" in zero:
+        raise UserError(f"deepspeed {path}: zenflow is not supported: it changes the update")
     return strategy
 
 
@@ -125,6 +130,9 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
         model, config.optim, on_cpu_beside_gpu=offload == "cpu" and numerics.device.type == "cuda"
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # DeepSpeed's own groups are clones of the world's that do not inherit its timeout
+    for group in {engine.optimizer.dp_process_group, engine.seq_data_parallel_group}:
+        dist.distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)
     wrong = [
         name for name, buffer in engine.module.named_buffers() if "inv_freq" in name and buffer.dtype != torch.float32
     ]

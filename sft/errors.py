@@ -4,6 +4,7 @@ Exit codes of every command: 0 success, 1 crash (with traceback), 2 the user's i
 4 its guard stopped it, 5 another rank died or hung, 75 it was asked to stop and saved (EX_TEMPFAIL: run it again).
 """
 
+import errno
 import io
 import os
 import sys
@@ -62,6 +63,9 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            _say(f"error: {error.strerror}: nothing more can be written; free disk space, or write elsewhere")
+            return EXIT_BAD_INPUT
         if error.filename is None or error.strerror is None:
             raise
         _say(f"error: {shorten(str(error.filename))}: {error.strerror}; check the path, its permissions and the disk")

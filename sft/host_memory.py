@@ -14,24 +14,29 @@ def available_host_memory() -> int:
 
 
 def _left_in_control_groups(membership: Path, root: Path = CGROUPS) -> list[int]:
-    """Limit minus use of this process's control group (version 2) and of those around it, where there is a limit.
+    """Limit minus use of this process's control group and of those around it, where there is a limit.
 
     Files that were read count as use; the part that the kernel drops first when memory is asked for is left out, as
     Kubernetes does for its working set: otherwise nothing would be left after a model has been loaded.
     """
-    lines = membership.read_text().splitlines() if membership.is_file() else []
-    inner = next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), "")
-    folder = root / inner
     left = []
-    while folder.is_relative_to(root):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            limit, use = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-            left.append(limit - use + _inactive_file(folder))
-        folder = folder.parent
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):  # version 1
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while folder.is_relative_to(top):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limit, use = (int((folder / name).read_text()) for name in names[:2])
+                left.append(limit - use + _count(folder / "memory.stat", names[2]))
+            folder = folder.parent
     return left
 
 
-def _inactive_file(group: Path) -> int:
+def _count(statistics: Path, name: str) -> int:
     """Bytes of the page cache that were not used lately."""
-    counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(counts["inactive_file"])
+    return int(dict(line.split() for line in statistics.read_text().splitlines())[name])

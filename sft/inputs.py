@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Shards, open_shards
-from sft.checkpoint import check_identity, newest_complete, read_meta
+from sft.checkpoint import check_identity, list_torn, newest_complete, read_meta
 from sft.config import RunConfig, TrackSection
 from sft.engine import read_strategy
 from sft.errors import UserError
@@ -112,8 +112,14 @@ def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
     Raises:
         UserError: it belongs to another run, or train.stop_after lies before it.
     """
-    newest = newest_complete(Path(config.out) / "checkpoints")
+    folder = Path(config.out) / "checkpoints"
+    newest = newest_complete(folder)
     if newest is None:
+        if torn := list_torn(folder):  # a folder gets its name when it is complete: these were
+            raise UserError(
+                f"checkpoint {torn[-1]}: is not complete, and no other is left; put an intact copy in its place, or, "
+                "to begin anew, choose another --out"
+            )
         return None
     meta = read_meta(newest)
     check_identity(newest, meta, identity(config, inputs))
@@ -176,17 +182,3 @@ def _check_trackers(track: TrackSection) -> None:
     logged_in = "WANDB_API_KEY" in os.environ or Path("~/.netrc").expanduser().is_file()
     if track.wandb == "online" and not logged_in:
         raise UserError("track.wandb online: no WANDB_API_KEY in the environment and no ~/.netrc; use offline")
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The run's folder; one that holds anything else than a run is refused.
-
-    Raises:
-        UserError: the folder exists, is not empty, and has no config.yaml of a run.
-    """
-    out = Path(config.out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.yaml").is_file():
-        raise UserError(f"--out {out}: exists and is no run folder; choose another")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; choose a folder")
-    return out

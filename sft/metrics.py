@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sft.config import RunConfig
+from sft.config import RunConfig, TrackSection
 from sft.errors import GuardStop, Preempted, RankLost, UserError
 from sft.settings import redact
 
@@ -22,7 +23,7 @@ PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e
 
 ENDINGS: dict[type[BaseException], str] = {Preempted: "preempt", GuardStop: "guard_stop", RankLost: "rank_lost"}
 """Events of the endings that are no mistake and no crash; those are the event `error`."""
-END_EVENTS = {*ENDINGS.values(), "error", "finish", "stop", "unseen_end"}
+END_EVENTS = {*ENDINGS.values(), "error", "finish", "stop", "export", "unseen_end"}
 
 SECONDS_BETWEEN_LINES = 2.0
 """Without a terminal, at most one step is printed in this time; metrics.jsonl has them all."""
@@ -67,13 +68,9 @@ class Recorder:
         self._total_steps = total_steps
         self._said_s = float("-inf")
         self._step = 0
-        if is_writer:
-            self._start_trackers(config)
+        self._config = config
 
     def __enter__(self) -> "Recorder":
-        if self._progress:
-            self._progress.start()
-            self._task = self._progress.add_task("train", total=self._total_steps, status="")
         events = _read(self._out / "events.jsonl")
         if events and events[-1].get("event") not in END_EVENTS:
             last = f"after event {events[-1].get('event')} nothing was recorded: killed, or the host was lost"
@@ -92,6 +89,15 @@ class Recorder:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
+    def start(self) -> None:
+        """Start the progress bar and the trackers: there is something to train."""
+        if not self._is_writer:
+            return
+        if self._progress:
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self._total_steps, status="")
+        self._start_trackers(self._config.track)
+
     def say(self, line: str) -> None:
         """One line for people."""
         if self._is_writer:
@@ -105,7 +111,7 @@ class Recorder:
 
     def last_words(self, reason: str) -> None:
         """The event of a lost rank; by whichever rank the watchdog has chosen, for rank 0 may be the lost one."""
-        self._append("events.jsonl", _stamped("rank_lost", self._step, {"reason": reason}))
+        record_event(self._out, "rank_lost", self._step, reason=reason)
 
     def history(self) -> list[tuple[int, float, float]]:
         """(step, loss, gradient norm) of the steps in metrics.jsonl, NaN where they were not finite.
@@ -122,14 +128,14 @@ class Recorder:
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """One line in events.jsonl: start, resume, save, evaluate, skip, finish, ... with its facts."""
         if self._is_writer:
-            self._append("events.jsonl", _stamped(kind, step, facts))
+            record_event(self._out, kind, step, **facts)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl per optimizer step, the progress bar or one plain line, and the trackers."""
+        step = self._step = values["step"]
         if not self._is_writer:
             return
-        self._append("metrics.jsonl", values)
-        step = self._step = values["step"]
+        _append(self._out / "metrics.jsonl", values)
         if self._progress:
             self._progress.update(self._task, completed=step, status=_short_status(values))
         elif step in (1, self._total_steps) or time.monotonic() - self._said_s >= SECONDS_BETWEEN_LINES:
@@ -152,36 +158,46 @@ class Recorder:
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, path)
 
-    def _append(self, file: str, value: dict[str, Any]) -> None:
-        with (self._out / file).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(value), allow_nan=False) + "\n")
-
-    def _start_trackers(self, config: RunConfig) -> None:
-        if config.track.wandb != "off":
+    def _start_trackers(self, track: TrackSection) -> None:
+        if track.wandb != "off":
             import wandb
 
             self._wandb = wandb.init(
-                project=config.track.project,
+                project=track.project,
                 name=self._out.name,
                 dir=str(self._out),
-                mode=config.track.wandb,
-                config=redact(config.model_dump(mode="json")),
+                mode=track.wandb,
+                config=redact(self._config.model_dump(mode="json")),
                 settings=wandb.Settings(silent=True),
             )
-        if config.track.tensorboard:
+        if track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._out / "tensorboard"))
 
 
-def _stamped(kind: str, step: int, facts: dict[str, Any]) -> dict[str, Any]:
-    return {"time": round(time.time(), 3), "event": kind, "step": step, **facts}
+def record_event(out: Path, kind: str, step: int, **facts: Any) -> None:
+    """One line in <out>/events.jsonl; none where the run has no folder yet."""
+    if out.is_dir():
+        _append(out / "events.jsonl", {"time": round(time.time(), 3), "event": kind, "step": step, **facts})
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    line = json.dumps(_finite(value), allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        if file.tell() > 0:  # a crash or a full disk may have cut the last line short
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON lines file, none where there is no file; a last line that a crash cut short is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """Objects of a JSON lines file, none where there is no file; lines that a crash cut short are left out."""
+    objects = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            objects.append(json.loads(line))
+    return objects
 
 
 def _number(value: float | None) -> float:

@@ -5,6 +5,7 @@ forward later, so that no rank waits for it: when a scheduler signals one rank, 
 forward, drops what it has accumulated, saves the state of the last complete step, and leaves.
 """
 
+import os
 import time
 from collections.abc import Callable
 from signal import Signals
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sft.engine import GROUP_TIMEOUT
+from sft.errors import UserError
 from sft.signals import Inbox
 
 TIME_IS_UP = 64
@@ -28,11 +31,20 @@ class StopRequest:
 
         Args:
             ends_at_s: time.monotonic() at which everything must be saved; None: no limit.
+
+        Raises:
+            UserError: the ranks' hosts do not reach each other over TCP.
         """
         self._inbox = inbox
         self._ends_at_s = ends_at_s
         self._save_s: Callable[[], float] = lambda: 0.0
-        self._group = dist.new_group(backend="gloo")
+        try:
+            self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {dist.get_rank()} on {os.uname().nodename}: no TCP connection with the others "
+                f"({str(error).splitlines()[0][:120]}); name the network interface in GLOO_SOCKET_IFNAME"
+            ) from error
         self._flags = torch.zeros(2, dtype=torch.int64)
         self._work: Any = None
         self.reason: str | None = None

@@ -17,11 +17,11 @@ def load(engine: Any, saved: Path) -> None:
     Raises:
         UserError: it is of another model, or incomplete.
     """
-    meta = checkpoint.read_meta(saved)
+    meta = on_first_rank(lambda: checkpoint.read_meta(saved))
     checkpoint.check_shapes(saved, meta["shapes"], zero_state.shapes(engine))
     optimizer = engine.optimizer
     zero_state.before_loading(optimizer)
-    pieces = Pieces(saved)
+    pieces = Pieces(saved, list(meta["files"]), dist.get_rank() / dist.get_world_size())
     for state, flats in zero_state.state_tensors(optimizer).items():
         for part in zero_state.owned_slices(optimizer):
             target = flats[part.flat][part.flat_offset : part.flat_offset + part.numel]
@@ -39,25 +39,26 @@ def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -
     that the same command, started again by a scheduler, does not begin anew either.
 
     Args:
-        find: gives the newest complete checkpoint.
+        find: gives the newest complete checkpoint; called on rank 0.
         tell: called with what is wrong and the checkpoint's new place, on every rank.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    while (newest := agree(find())) is not None:
-        names = from_first_rank(checkpoint.file_names(newest) if dist.get_rank() == 0 else None)
+    while (newest := on_first_rank(find)) is not None:
+        digests = on_first_rank(lambda: checkpoint.digests(newest))
+        own = dict(list(digests.items())[dist.get_rank() :: dist.get_world_size()])
         found: list[list[str]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(found, checkpoint.damage(newest, names[dist.get_rank() :: dist.get_world_size()]))
+        dist.all_gather_object(found, checkpoint.damage(newest, own))
         lines = [line for rank_lines in found for line in rank_lines]
         if not lines:
             return newest
-        if from_first_rank(_is_last(newest)):
+        if on_first_rank(lambda: _is_last(newest)):
             raise UserError(
                 f"checkpoint {newest}: is damaged, and no other is left ({'; '.join(lines)}); put an intact copy in "
                 "its place, or, to begin anew, choose another --out"
             )
-        aside = from_first_rank(checkpoint.set_aside(newest) if dist.get_rank() == 0 else None)
+        aside = on_first_rank(lambda: checkpoint.set_aside(newest))
         tell(f"checkpoint {newest} is damaged and will not be used: {'; '.join(lines)}", aside)
     return None
 
@@ -67,13 +68,22 @@ def _is_last(saved: Path) -> bool:
     return complete == [saved]
 
 
-def agree(newest: Path | None) -> Path | None:
-    """Rank 0's answer on every rank: on a network file system the others may see an older folder."""
-    return from_first_rank(newest)
+def on_first_rank(act: Callable[[], Any]) -> Any:
+    """What `act` gives on rank 0, on every rank; collective.
 
+    One look for all: on a network file system the others may see an older folder, and a thousand ranks that look at a
+    thousand files each would be slow.
 
-def from_first_rank(value: Any) -> Any:
-    """Rank 0's value on every rank; collective."""
-    answer = [value]
-    dist.broadcast_object_list(answer)
-    return answer[0]
+    Raises:
+        UserError, OSError: what `act` raised on rank 0; on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

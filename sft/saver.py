@@ -12,7 +12,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -26,7 +26,7 @@ from sft.checkpoint import Piece
 from sft.config import CheckpointSection
 from sft.errors import UserError
 from sft.host_memory import available_host_memory
-from sft.resume import from_first_rank
+from sft.resume import on_first_rank
 from sft.retention import superfluous
 
 COPY_SHARE = 0.5
@@ -49,7 +49,7 @@ class _Save:
 
 
 class Saver:
-    """Writes, publishes and prunes the checkpoints of a run. Methods are collective unless they say otherwise."""
+    """Writes, publishes and prunes the checkpoints of a run. All of it is collective unless it says otherwise."""
 
     def __init__(
         self,
@@ -70,19 +70,26 @@ class Saver:
         # a thread begins on GPU 0, whichever is this rank's
         choose_gpu = (torch.cuda.set_device, (flats[0].device,)) if flats[0].is_cuda else (None, ())
         self._threads = ThreadPoolExecutor(1, "checkpoint", *choose_gpu)
-        self._deletions: list[Future[None]] = []
+        self._pruning = ThreadPoolExecutor(1, "prune")  # of its own: deleting must not keep a last save waiting
+        self._pruned: Future[None] | None = None
         self._current: _Save | None = None
         self._slices = list(zero_state.owned_slices(engine.optimizer))
         self._stall_s = 0.0
         self._numel = sum(flat.numel() for flat in flats)
         num_bytes = 4 * self._numel * len(zero_state.STATES)
-        self.copies = num_bytes * local_ranks <= COPY_SHARE * available_host_memory()
+        copy_bytes = len(zero_state.STATES) * sum(_host_bytes(flat) for flat in flats)
+        self.copies = copy_bytes * local_ranks <= COPY_SHARE * available_host_memory()
         """Whether the state is copied to host memory before it is written."""
         self._copy: dict[str, list[torch.Tensor]] = {}
         self.expected_s = num_bytes / ASSUMED_BYTES_PER_S
         """How long a save will take: the last one, or a cautious guess."""
         self.step = 0
         """Of the newest checkpoint: the one begun last, or the one that the run goes on from."""
+        on_first_rank(lambda: checkpoint.make_room(folder))
+
+    def seconds_needed(self) -> float:
+        """To have the present state on the disk. Not collective."""
+        return self.expected_s * (1 if self._current is None else 2)
 
     def describe(self) -> str:
         """Where the state waits while it is written, for people. Not collective."""
@@ -96,7 +103,7 @@ class Saver:
         self.finish()
         self.step = step
         began_s = time.perf_counter()
-        self._on_first_rank(step, lambda: self._make_folder(step))
+        self._on_first_rank(step, checkpoint.partial_folder(self._folder, step).mkdir)
         released = Event()
         live = zero_state.state_tensors(self._engine.optimizer)
         constants = [
@@ -122,13 +129,12 @@ class Saver:
         return self._current is not None and self._current.written.done()
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if there is one, and publish it; wait for deletions."""
+        """Wait for the save that is under way, if there is one, and publish it."""
         if self._current is not None:
             began_s = time.perf_counter()
             self._current.written.exception()  # waits; publish() tells of it
             self._stall_s += time.perf_counter() - began_s
             self.publish()
-        wait(self._deletions)
 
     def publish(self) -> None:
         """Make a checkpoint of what every rank has written.
@@ -153,30 +159,26 @@ class Saver:
         gib = sum(entry["bytes"] for entry in outcomes) / 2**30
         self._record("save", save.step, save_time_s=round(self.expected_s, 3), stall_s=round(self._stall_s, 3), gib=gib)
         if self._rank == 0:
-            for dropped in superfluous(self._folder, self._keep):
-                self._deletions.append(self._threads.submit(self._delete, save.step, dropped))
+            self._pruned = self._pruning.submit(self._prune, save.step)
 
     def take_stall_s(self) -> float:
         """Seconds that training has waited for saving since the last call. Not collective."""
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
-    def close(self) -> None:
-        """Wait for the thread. Not collective."""
-        self._threads.shutdown()
+    def wait_for_deletions(self) -> None:
+        """Until no older checkpoint is about to go. Not collective."""
+        if self._pruned is not None:
+            self._pruned.result()
 
-    def _make_folder(self, step: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.clear_abandoned(self._folder)
-        checkpoint.partial_folder(self._folder, step).mkdir()
-
-    def _delete(self, step: int, dropped: Path) -> None:
-        try:
-            checkpoint.delete(dropped)
-        except OSError as error:
-            self._record("not_deleted", step, checkpoint=str(dropped), reason=str(error))
-        else:
-            self._record("delete", step, checkpoint=str(dropped))
+    def _prune(self, step: int) -> None:
+        for dropped in superfluous(self._folder, self._keep):
+            try:
+                checkpoint.delete(dropped)
+            except OSError as error:
+                self._record("not_deleted", step, checkpoint=str(dropped), reason=str(error))
+            else:
+                self._record("delete", step, checkpoint=str(dropped))
 
     def _on_first_rank(self, step: int, act: Callable[[], object]) -> None:
         """Let rank 0 act while the others wait.
@@ -184,14 +186,15 @@ class Saver:
         Raises:
             UserError: the disk did not take it; on every rank.
         """
-        said = None
-        if self._rank == 0:
+
+        def told() -> None:
             try:
                 act()
             except OSError as error:
                 said = self._describe(error)
-        if (said := from_first_rank(said)) is not None:
-            raise UserError(f"checkpoint of step {step}: {said}; earlier checkpoints are untouched")
+                raise UserError(f"checkpoint of step {step}: {said}; earlier checkpoints are untouched") from error
+
+        on_first_rank(told)
 
     def _write(
         self,
@@ -258,3 +261,9 @@ class Saver:
             "heldout_loss": save.heldout_loss,
             "files": files,
         }
+
+
+def _host_bytes(flat: torch.Tensor) -> int:
+    """Host memory of a copy: pinned memory comes in powers of two (torch's caching host allocator)."""
+    num_bytes = 4 * flat.numel()
+    return 1 << (num_bytes - 1).bit_length() if flat.is_cuda and num_bytes else num_bytes

@@ -18,8 +18,8 @@ from sft.preemption import StopRequest
 from sft.saver import Saver
 from sft.watchdog import Watchdog
 
-SAVING_LIMIT_S = 3600.0
-"""A checkpoint that is not on the disk after an hour will not be."""
+SLOW_LIMIT_S = 3600.0
+"""Longest that reading a model or a checkpoint, or writing one, may take without being taken for a hang."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Run:
 
     config: RunConfig
     inputs: RunInputs
+    identity: dict[str, Any]
+    """What a resume must agree with."""
     numerics: Numerics
     engine: Any
     out: Path
@@ -87,7 +89,7 @@ def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, A
         engine.backward(loss * scale, scale_wrt_gas=False)
         losses.append(loss.detach())
         by_source += part_by_source
-    run.watch.mark("waiting for a checkpoint", step + 1, SAVING_LIMIT_S)
+    run.watch.mark("waiting for a checkpoint", step + 1, SLOW_LIMIT_S)
     run.saver.before_update()
     run.watch.mark("update", step + 1)
     engine.step()
@@ -106,7 +108,7 @@ def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: s
     """Pass over the packs of a step without an update; its number, learning rate and packs are used up."""
     run.recorder.event("skip", step + 1, reason=reason)
     facts = {"loss": None, "lr": lr, "grad_norm": None, "applied": False}
-    return step_metrics(run, step, rows, time.perf_counter(), facts)
+    return step_metrics(run, step, rows, None, facts)
 
 
 def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor) -> Totals:
@@ -138,11 +140,13 @@ def record_not_finite(run: Run, step: int, parts: list[order.Rows], losses: list
     run.recorder.event("skip", step + 1, reason=reason, doc_ids=document_ids(run, np.array(rows)))
 
 
-def step_metrics(run: Run, step: int, rows: order.Rows, started_s: float, facts: dict[str, Any]) -> dict[str, Any]:
+def step_metrics(
+    run: Run, step: int, rows: order.Rows, started_s: float | None, facts: dict[str, Any]
+) -> dict[str, Any]:
     """The line of metrics.jsonl; what is logged is what was optimised, None where nothing was."""
     tokens, labels = batch.num_tokens(run.inputs.train, rows), batch.num_labels(run.inputs.train, rows)
-    step_time_s = time.perf_counter() - started_s
-    tokens_per_s = tokens / step_time_s
+    step_time_s = None if started_s is None else time.perf_counter() - started_s
+    tokens_per_s = tokens / step_time_s if step_time_s else None
     peak = peak_flops(run.numerics.device)
     on_gpu = run.numerics.device.type == "cuda"
     return {
@@ -152,7 +156,7 @@ def step_metrics(run: Run, step: int, rows: order.Rows, started_s: float, facts:
         "tokens": tokens,
         "label_tokens": labels,
         "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak else None,
+        "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak and tokens_per_s else None,
         "step_time_s": step_time_s,
         "save_stall_s": run.saver.take_stall_s(),
         "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
@@ -190,7 +194,9 @@ def heldout_loss(run: Run, step: int) -> float | None:
             run.watch.mark("held-out loss", step)
             total += run.engine(batch.from_shards(shards, part, run.numerics.device))[0]
     dist.all_reduce(total)
-    return total.item() / batch.num_labels(shards, rows)
+    loss = total.item() / batch.num_labels(shards, rows)
+    run.recorder.event("evaluate", step, heldout_loss=loss)
+    return loss
 
 
 def document_ids(run: Run, rows: order.Rows) -> list[int]:

@@ -34,6 +34,7 @@ OTHER_HOSTS_WAIT_S = 10.0
 EXIT_OF_EVENT = {
     "finish": 0,
     "stop": 0,
+    "export": 0,
     "error": 1,
     "guard_stop": EXIT_GUARD,
     "rank_lost": EXIT_RANK_LOST,
@@ -66,14 +67,15 @@ def supervise(
     events = out / "events.jsonl"
     began = events.stat().st_size if events.is_file() else 0
     requests: list[tuple[int, float]] = []
+    others = set(find_ranks(options))  # of the same command, started before: not ours to signal
     launched = _start(command, environment, requests)
     told: set[psutil.Process] | None = None
-    while launched.poll() is None or find_ranks(options):
+    while launched.poll() is None or set(find_ranks(options)) - others:
         if lost := launched.returncode is not None and not requests:
             _tell(say, "error: the launcher was killed and left its ranks")
             requests.append((signal.SIGTERM, time.monotonic()))
         if requests:
-            ranks = find_ranks(options)
+            ranks = [rank for rank in find_ranks(options) if rank not in others]
             ready = {rank for rank in ranks if listens(rank)}
             if ranks and _insists(requests):
                 _tell(say, "stopped at once, without saving")

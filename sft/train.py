@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft.config import RunConfig
-from sft.errors import run_rank
+from sft.errors import Preempted, UserError, run_rank
 from sft.settings import load
 from sft.signals import Inbox
 
@@ -35,12 +35,18 @@ def export(out: Path, total_steps: int, base: Path) -> None:
     """Export a finished run, once, and say where it is."""
     from sft.checkpoint import step_folder
     from sft.hf_folder import export_checkpoint, verify_export
+    from sft.metrics import record_event
 
     last, folder = step_folder(out / "checkpoints", total_steps), out / "export"
-    if folder.exists():
-        verify_export(last, folder)
-    else:
-        export_checkpoint(last, base, folder)
+    try:
+        if folder.exists():
+            verify_export(last, folder)
+        else:
+            export_checkpoint(last, base, folder)
+    except (UserError, Preempted, OSError) as error:
+        record_event(out, "preempt" if isinstance(error, Preempted) else "error", total_steps, reason=str(error))
+        raise
+    record_event(out, "export", total_steps, folder=str(folder))
     print(f"model: {folder} (loaded back with transformers, every tensor equal to the checkpoint)")
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -11,21 +12,18 @@ import torch.distributed as dist
 from sft import checkpoint, resume, rollback
 from sft.config import RunConfig
 from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
-from sft.errors import Preempted, UserError
+from sft.errors import GuardStop, Preempted
 from sft.guard import Guard, Spike
 from sft.hf_folder import prove_export
-from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs, run_folder
+from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs
 from sft.isolation import prove_isolation
 from sft.metrics import Recorder
 from sft.preemption import StopRequest
+from sft.run_folder import await_config, lock, run_folder, write_config
 from sft.saver import Saver
-from sft.settings import to_yaml
 from sft.signals import Inbox
-from sft.step import Run, heldout_loss, train_step, training_flops_per_token
+from sft.step import SLOW_LIMIT_S, Run, heldout_loss, train_step, training_flops_per_token
 from sft.watchdog import Watchdog
-
-LOADING_LIMIT_S = 3600.0
-"""A model or checkpoint that has not been read or written after an hour will not be."""
 
 
 @dataclass(frozen=True)
@@ -49,34 +47,28 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
     device = start_distributed()
-    stop = StopRequest(inbox, ends_at_s(config.max_hours))
-    is_writer = dist.get_rank() == 0
-    damaged: list[tuple[str, Path]] = []
-    finished = steps_of(resume.agree(find_resume(config, inputs))) == inputs.total_steps
-    if finished:  # by its name; by its bytes?
-        finished = steps_of(undamaged(config, inputs, damaged)) == inputs.total_steps
-    if not finished:
-        numerics = choose_numerics(config, device, inputs.model_config["model_type"])
-        write_config(config, out)
-        with (
-            Recorder(config, out, is_writer, inputs.total_steps) as recorder,
-            watch_over(config, out, recorder) as watch,
-        ):
-            watch.mark("checking the checkpoint", 0, LOADING_LIMIT_S)
-            newest = undamaged(config, inputs, damaged)
-            for what, aside in damaged:
-                recorder.warn("damaged", what, checkpoint=str(aside))
+    is_first = dist.get_rank() == 0
+    resume.on_first_rank(lambda: lock(out))
+    with Recorder(config, out, is_first, inputs.total_steps) as recorder, watch_over(config, out, recorder) as watch:
+        watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
+        newest = undamaged(config, inputs, recorder)
+        finished = checkpoint.step_of(newest) == inputs.total_steps
+        if not finished:
+            numerics = choose_numerics(config, device, inputs.model_config["model_type"])
+            resume.on_first_rank(lambda: write_config(config, out))
+            await_config(out)
+            stop = StopRequest(inbox, ends_at_s(config.max_hours))
             train(start_up(config, inputs, numerics, out, recorder, watch, stop), newest)
     dist.destroy_process_group()
-    return Ended(out, inputs.last_step, inputs.total_steps, finished) if is_writer else None
+    return Ended(out, inputs.last_step, inputs.total_steps, finished) if is_first else None
 
 
 def train(run: Run, newest: Path | None) -> None:
     """From the base model, or the checkpoint `newest`, to the last step, or until the run is asked to stop."""
     config, inputs, recorder = run.config, run.inputs, run.recorder
     step = start_from(run, newest)
-    guard = Guard(config.guard, inputs.steps_per_epoch, resume.from_first_rank(recorder.history()))
-    passed_over = rollback.passed_over(run.out)
+    guard = Guard(config.guard, inputs.steps_per_epoch, resume.on_first_rank(recorder.history))
+    passed_over = rollback.passed_over(run.out, run.identity)
     while step < inputs.last_step and run.stop.reason is None:
         metrics = train_step(run, step, passed_over.get(step + 1))
         if metrics is None:
@@ -85,15 +77,14 @@ def train(run: Run, newest: Path | None) -> None:
         saving = step == inputs.last_step or step % config.checkpoint.every == 0
         if inputs.heldout is not None and (saving or step % config.eval.every == 0):
             metrics["heldout_loss"] = heldout_loss(run, step)
-            recorder.event("evaluate", step, heldout_loss=metrics["heldout_loss"])
         recorder.metrics(metrics)
-        spike = guard.judge(step, metrics["loss"], metrics["grad_norm"], metrics["applied"])
+        spike = judge(run, guard, metrics)
         if spike is not None and (earlier := undo(run, spike)) is not None:
             step = earlier
             guard.forget_after(step)
-            passed_over = rollback.passed_over(run.out)
+            passed_over = rollback.passed_over(run.out, run.identity)
         elif saving:
-            run.watch.mark("saving", step, LOADING_LIMIT_S)
+            run.watch.mark("saving", step, SLOW_LIMIT_S)
             run.saver.begin(step, metrics.get("heldout_loss"))
     leave(run, step)
 
@@ -112,58 +103,83 @@ def start_up(
     Raises:
         Preempted: the run was asked to stop meanwhile.
     """
-    if stop.settle():
-        raise Preempted(f"{stop.reason} before the first step; run the same command again to go on")
-    watch.mark("loading the model", 0, LOADING_LIMIT_S)
+    recorder.start()
+    leave_if_asked(stop)
+    watch.mark("loading the model", 0, SLOW_LIMIT_S)
     engine = build_engine(config, inputs.strategy, numerics)
+    leave_if_asked(stop)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     identities = identity(config, inputs)
     saver = Saver(engine, out / "checkpoints", identities, config.checkpoint, local_ranks, recorder.event)
-    stop.allow_for(lambda: saver.expected_s)
-    run = Run(
-        config, inputs, numerics, engine, out, recorder, watch, stop, saver, training_flops_per_token(engine, inputs)
-    )
+    stop.allow_for(saver.seconds_needed)
+    flops_per_token = training_flops_per_token(engine, inputs)
+    run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, flops_per_token)
     announce(run)
-    watch.mark("isolation probe", 0, LOADING_LIMIT_S)
+    watch.mark("isolation probe", 0, SLOW_LIMIT_S)
     recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
-    if dist.get_rank() == 0:
-        prove_export(Path(config.model.path), identities)
+    resume.on_first_rank(lambda: prove_export(Path(config.model.path), identities))
     return run
+
+
+def leave_if_asked(stop: StopRequest) -> None:
+    """End before the first step where a rank was asked to stop. Collective.
+
+    Raises:
+        Preempted: it was.
+    """
+    if stop.settle():
+        raise Preempted(f"{stop.reason} before the first step of this start; run the same command again to go on")
 
 
 def start_from(run: Run, newest: Path | None) -> int:
     """Load the checkpoint to go on from, if there is one; returns the number of steps already taken."""
     recorder = run.recorder
-    for torn in [path for path in checkpoint.list_checkpoints(run.checkpoints) if not checkpoint.is_complete(path)]:
+    for torn in resume.on_first_rank(lambda: checkpoint.list_torn(run.checkpoints)):
         recorder.warn("torn", f"checkpoint {torn} is not complete and will not be used", checkpoint=str(torn))
-    step = steps_of(newest)
+    step = checkpoint.step_of(newest)
     if newest is not None:
-        run.watch.mark("loading the checkpoint", step, LOADING_LIMIT_S)
+        run.watch.mark("loading the checkpoint", step, SLOW_LIMIT_S)
         resume.load(run.engine, newest)
         recorder.say(f"resumed from {newest}")
     recorder.forget_after(step)
     run.saver.step = step
-    facts = {"checkpoint": str(newest)} if newest else {"identity": identity(run.config, run.inputs)}
+    facts = {"checkpoint": str(newest)} if newest else {"identity": run.identity}
     recorder.event("resume" if newest else "start", step, world_size=run.inputs.world_size, **facts)
     return step
 
 
 def undo(run: Run, spike: Spike) -> int | None:
     """Record a loss spike and, where the run is set to, go back before it; returns the step that was gone back to."""
-    run.recorder.warn("spike", str(spike), step=spike.step, **asdict(spike))
+    run.recorder.warn("spike", str(spike), **asdict(spike))
     if run.config.guard.on_spike == "record":
         return None
     run.saver.finish()
-    saved = rollback.prepare(run.out, run.checkpoints, spike, run.config.guard.max_rollbacks)
-    if saved is None:
+    run.saver.wait_for_deletions()
+    run.watch.mark("loading the checkpoint", spike.step, SLOW_LIMIT_S)
+    limit = run.config.guard.max_rollbacks
+    if not rollback.prepare(run.out, run.checkpoints, spike, limit, run.identity):
         run.recorder.warn("no_rollback", "no checkpoint from before the spike: training goes on", step=spike.step)
         return None
-    run.watch.mark("loading the checkpoint", spike.step, LOADING_LIMIT_S)
+    saved = undamaged(run.config, run.inputs, run.recorder)
+    assert saved is not None
     resume.load(run.engine, saved)
     run.recorder.warn("rollback", f"back to {saved}; the packs that led to the spike are passed over", step=spike.step)
-    run.saver.step = steps_of(saved)
+    run.saver.step = checkpoint.step_of(saved)
     run.recorder.forget_after(run.saver.step)
     return run.saver.step
+
+
+def judge(run: Run, guard: Guard, metrics: dict[str, Any]) -> Spike | None:
+    """The guard's verdict on a step. A checkpoint that is under way, of an earlier one, is finished before a stop.
+
+    Raises:
+        GuardStop: training must not go on; on every rank.
+    """
+    try:
+        return guard.judge(metrics["step"], metrics["loss"], metrics["grad_norm"], metrics["applied"])
+    except GuardStop:
+        run.saver.finish()
+        raise
 
 
 def leave(run: Run, step: int) -> None:
@@ -172,15 +188,15 @@ def leave(run: Run, step: int) -> None:
     Raises:
         Preempted: it was asked to stop before its last step.
     """
-    run.watch.mark("saving", step, LOADING_LIMIT_S)
+    run.watch.mark("saving", step, SLOW_LIMIT_S)
     if step != run.saver.step:
         run.saver.begin(step, None)
     run.saver.finish()
-    run.saver.close()
     run.stop.close()
     if step < run.inputs.last_step:
         saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
         raise Preempted(f"{run.stop.reason}; {saved}; run the same command again to go on")
+    run.saver.wait_for_deletions()
     run.recorder.event("finish" if step == run.inputs.total_steps else "stop", step)
 
 
@@ -199,31 +215,13 @@ def ends_at_s(max_hours: float | None) -> float | None:
     return time.monotonic() - age_s + max_hours * 3600
 
 
-def undamaged(config: RunConfig, inputs: RunInputs, damaged: list[tuple[str, Path]]) -> Path | None:
-    """The checkpoint to go on from; adds those that were found damaged, and where they are now, to the list."""
-    return resume.choose(lambda: find_resume(config, inputs), lambda what, aside: damaged.append((what, aside)))
+def undamaged(config: RunConfig, inputs: RunInputs, recorder: Recorder) -> Path | None:
+    """The newest checkpoint of this run, if there is one, each byte as it was written. Collective."""
 
+    def tell(what: str, aside: Path) -> None:
+        recorder.warn("damaged", what, checkpoint=str(aside))
 
-def steps_of(saved: Path | None) -> int:
-    """Optimizer steps after which a checkpoint was written; 0 for none."""
-    return 0 if saved is None else int(checkpoint.read_meta(saved)["step"])
-
-
-def write_config(config: RunConfig, out: Path) -> None:
-    """Save the resolved options, and see that every rank finds them: `out` must be one folder for all.
-
-    Raises:
-        UserError: this rank's host does not see rank 0's file.
-    """
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    dist.barrier()
-    if not (out / "config.yaml").is_file():
-        host = os.uname().nodename
-        raise UserError(
-            f"--out {out}: {host} does not see what rank 0 wrote there; choose a file system that all share"
-        )
+    return resume.choose(lambda: find_resume(config, inputs), tell)
 
 
 def announce(run: Run) -> None:

@@ -70,7 +70,7 @@ def save_and_prune(folder: Path, step: int, keep: CheckpointSection, heldout_los
 def assert_holds(saved: Path, step: int) -> None:
     """Complete, undamaged, and every element as it was at `step`."""
     assert checkpoint.is_complete(saved), saved
-    lines = checkpoint.damage(saved, checkpoint.file_names(saved))
+    lines = checkpoint.damage(saved, checkpoint.digests(saved))
     assert not lines, lines
     assert checkpoint.read_meta(saved)["step"] == step
     read = checkpoint.Pieces(saved)

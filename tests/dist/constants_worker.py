@@ -140,7 +140,7 @@ def run_case(case: str, folder: Path, data: Path, is_first: bool) -> None:
         run.saver.begin(STEPS, None)
         run.saver.finish()
         write_live(run, "after")
-        run.saver.close()
+        run.saver.wait_for_deletions()
         run.stop.close()
     dist.barrier()
 

@@ -51,7 +51,7 @@ def run_case(case: dict[str, Any], out: Path, device: torch.device) -> None:
         watch = watch_over(config, out, recorder)  # not started: a rank that is lost here ends the test by its launcher
         run = start_up(config, inputs, numerics, out, recorder, watch, StopRequest(Inbox(), None))
         lines = [train_step(run, step) for step in range(case["steps"])]
-        run.saver.close()
+        run.saver.wait_for_deletions()
         run.stop.close()
     write(case, run.engine, lines, out)
     run.engine.destroy()

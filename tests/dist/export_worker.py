@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             train_step(run, step)
         run.saver.begin(2, None)
         run.saver.finish()
-        run.saver.close()
+        run.saver.wait_for_deletions()
         run.stop.close()
     engine = run.engine
     shards = open_shards(config.data.train)

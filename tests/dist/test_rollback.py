@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from data_prep.shards import open_shards
 from sft.checkpoint import list_checkpoints, read_meta
 from sft.errors import EXIT_GUARD
 from tests.dist.runs import Runs, furthest
@@ -37,7 +38,11 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
         return {"name": name, "ranks": 2, "options": options | own, **more,
                 "patches": {"raise_lr": lr_raised_in, **(patches or {})}}  # fmt: skip
 
-    noted = [{"spike": SPIKE, "to": f"step-{BACK_TO:08d}", "passed_over": [WRECKED, SPIKE]}]
+    of = {"data_key": open_shards(prepared / "train").manifest["content_key"], "data_seed": 0, "rows_per_step": 4}
+    noted = [
+        {"spike": SPIKE, "to": f"step-{BACK_TO:08d}", "passed_over": [WRECKED, SPIKE], "of": of},
+        {"spike": 3, "to": "step-00000001", "passed_over": [2, 3], "of": {**of, "data_seed": 1}},  # of another order
+    ]
     first = [
         run("undone"),
         run("passed_over", files={"config.yaml": "", "rollbacks.json": json.dumps(noted)}),

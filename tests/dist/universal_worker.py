@@ -78,7 +78,7 @@ def save_both(engine: Any, config: RunConfig, step: int, folder: Path) -> None:
     saver = Saver(engine, folder / "checkpoints", {}, config.checkpoint, 1, lambda *_, **__: None)
     saver.begin(step, None)
     saver.finish()
-    saver.close()
+    saver.wait_for_deletions()
     engine.save_checkpoint(str(folder), tag="native")
     arguments = argparse.Namespace(
         input_folder=str(folder / "native"), output_folder=str(folder / "universal"), num_extract_workers=1,

@@ -18,7 +18,7 @@ from sft.checkpoint import (
     check_shapes,
     check_undamaged,
     damage,
-    file_names,
+    digests,
     is_complete,
     newest_complete,
     publish,
@@ -40,7 +40,7 @@ def is_found_out(checkpoint):
         with pytest.raises(UserError, match="not complete"):
             check_undamaged(checkpoint)
         return True
-    lines = damage(checkpoint, file_names(checkpoint))
+    lines = damage(checkpoint, digests(checkpoint))
     if lines:
         with pytest.raises(UserError, match="it is damaged, use another"):
             check_undamaged(checkpoint)
@@ -58,10 +58,15 @@ def places(size):
     return [0, 8 * 7 + 7, 8 * 8, 8 * 40 + 3, 8 * (size // 2) + 5, 8 * size - 1]
 
 
+def part(checkpoint, names):
+    """Digests of some files."""
+    return {name: digests(checkpoint)[name] for name in names}
+
+
 def test_an_untouched_one_is_complete_and_holds_everything(tmp_path):
     checkpoint = saved.save(tmp_path, 1)
     assert sorted(path.name for path in checkpoint.iterdir()) == sorted(FILES)
-    assert file_names(checkpoint) == ["meta.json", *FILES[:2]]
+    assert list(digests(checkpoint)) == ["meta.json", *FILES[:2]]
     assert not is_found_out(checkpoint)
     saved.assert_holds(checkpoint, 1)
 
@@ -135,8 +140,8 @@ def test_a_file_of_another_step_is_found(tmp_path):
     checkpoint, other = saved.save(tmp_path, 1), saved.save(tmp_path, 2)
     shutil.copyfile(other / FILES[0], checkpoint / FILES[0])
     assert is_complete(checkpoint)
-    assert damage(checkpoint, [FILES[1]]) == [], "control: the other rank's file"
-    assert len(damage(checkpoint, FILES[:2])) == 1
+    assert damage(checkpoint, part(checkpoint, FILES[1:2])) == [], "control: the other rank's file"
+    assert len(damage(checkpoint, part(checkpoint, FILES[:2]))) == 1
     assert is_found_out(checkpoint)
 
 
@@ -147,7 +152,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("sft.checkpoint._digest", fail)
-    assert damage(checkpoint, FILES[:1]) == [f"{FILES[0]} cannot be read (Input/output error)"]
+    assert damage(checkpoint, part(checkpoint, FILES[:1])) == [f"{FILES[0]} cannot be read (Input/output error)"]
 
 
 def test_files_that_are_not_listed_are_not_read(tmp_path):
