@@ -100,6 +100,8 @@ class _Tolerant(io.TextIOWrapper):
 
     @classmethod
     def over(cls, stream: TextIO) -> "TextIO":
+        if isinstance(stream, cls):
+            return stream
         return cls(stream.buffer, stream.encoding, stream.errors, line_buffering=True)
 
     def write(self, text: str) -> int:

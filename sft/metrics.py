@@ -71,10 +71,6 @@ class Recorder:
         self._config = config
 
     def __enter__(self) -> "Recorder":
-        events = _read(self._out / "events.jsonl")
-        if events and events[-1].get("event") not in END_EVENTS:
-            last = f"after event {events[-1].get('event')} nothing was recorded: killed, or the host was lost"
-            self.event("unseen_end", events[-1].get("step", 0), reason=last)
         return self
 
     def __exit__(
@@ -90,9 +86,13 @@ class Recorder:
             self._tensorboard.close()
 
     def start(self) -> None:
-        """Start the progress bar and the trackers: there is something to train."""
+        """There is something to train: tell of an end that nobody saw, start the progress bar and the trackers."""
         if not self._is_writer:
             return
+        events = _read(self._out / "events.jsonl")
+        if events and events[-1].get("event") not in END_EVENTS:
+            last = f"after event {events[-1].get('event')} nothing was recorded: killed, or the host was lost"
+            self.event("unseen_end", events[-1].get("step", 0), reason=last)
         if self._progress:
             self._progress.start()
             self._task = self._progress.add_task("train", total=self._total_steps, status="")

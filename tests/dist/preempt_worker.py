@@ -95,6 +95,7 @@ CASES: dict[str, tuple[signal.Signals, Callable[[Callable[[], None]], None]]] = 
     "update": (signal.SIGTERM, in_update),
     "heldout": (signal.SIGUSR1, in_heldout),
     "save": (signal.SIGTERM, in_save),
+    "killed": (signal.SIGKILL, in_step),
     "none": (signal.SIGTERM, nowhere),
 }
 

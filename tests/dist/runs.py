@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data_prep.shards import open_shards
 from sft.checkpoint import Pieces, read_meta, step_folder
 from sft.zero_state import STATES
 from tests import tiny
@@ -67,3 +68,9 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     """Largest relative L2 difference over tensors."""
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).norm() / other[key].norm()) for key in one)
+
+
+def rollback_note(data: Path, rows_per_step: int, spike: int, passed_over: list[int], seed: int = 0) -> dict:
+    """An entry of rollbacks.json of a run over these shards."""
+    of = {"data_key": open_shards(data).manifest["content_key"], "data_seed": seed, "rows_per_step": rows_per_step}
+    return {"spike": spike, "to": "", "passed_over": passed_over, "of": of}

@@ -13,7 +13,7 @@ from sft.checkpoint import newest_complete, read_meta, step_folder
 from sft.errors import EXIT_GUARD
 from sft.order import FILLER, step_rows
 from tests import tiny
-from tests.dist.runs import Runs, furthest
+from tests.dist.runs import Runs, furthest, rollback_note
 from tests.dist.training import SETTINGS, largest_relative, train
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -50,7 +50,7 @@ def runs(tmp_path_factory, base_model, prepared, packs):
 
     one_loss = {"poison": ["loss", packs[BAD][3:4]]}
     every_second = {"checkpoint.every": 2}
-    noted = [{"spike": BAD, "to": "", "passed_over": [BAD]}]
+    noted = [rollback_note(prepared / "train", ROWS, BAD, [BAD])]
     first = [
         *(run(f"loss_{strategy}", strategy, one_loss) for strategy in STRATEGIES),
         run("gradient", patches={"poison": ["gradient", packs[BAD][2:3]]}),

@@ -3,13 +3,15 @@
 Run: pytest tests/dist/test_preemption.py. All cases run at once; see preempt_worker.
 """
 
+import os
+import signal
 import sys
 import time
 
 import pytest
 
 from sft.checkpoint import check_undamaged, newest_complete, read_meta
-from sft.errors import EXIT_PREEMPTED
+from sft.errors import EXIT_PREEMPTED, EXIT_RANK_LOST
 from tests import tiny
 from tests.dist.preempt_worker import CASES
 from tests.dist.training import SETTINGS, metrics
@@ -74,6 +76,14 @@ def test_nothing_is_saved_before_the_first_step(stopped):
     assert newest_complete(folder / "start_up" / "run" / "checkpoints") is None
 
 
+def test_a_rank_that_is_killed_is_named_and_the_same_command_goes_on(stopped):
+    folder = stopped[0]
+    assert ends(folder, "killed") == {0: EXIT_RANK_LOST, 1: -signal.SIGKILL}
+    (event,) = events(folder, "killed", "rank_lost")
+    assert event["reason"].startswith(f"rank 1 on {os.uname().nodename} ")
+    assert event["reason"] in (folder / "killed" / "first" / "rank-0.err").read_text()
+
+
 def test_control_without_a_signal_the_run_ends_well(stopped):
     folder = stopped[0]
     assert ends(folder, "none") == {0: 0, 1: 0}
@@ -85,7 +95,7 @@ def test_each_goes_on_to_the_end_of_the_uninterrupted_run(stopped):
     folder, flags = stopped
     run_cases(folder, "again", flags)
     whole = metrics(folder / "none" / "run")
-    for case in SAVED:
+    for case in (*SAVED, "killed"):
         assert ends(folder, case, "again") == {0: 0, 1: 0}, case
         again = metrics(folder / case / "run")
         assert [line["step"] for line in again] == [1, 2, 3, 4]
@@ -99,7 +109,7 @@ def test_max_hours_leaves_in_time(tmp_path, base_model, prepared, strategy):
         **SETTINGS, "model.path": base_model, "data.train": prepared / "train", "deepspeed": strategy,
         "out": tmp_path / "run", "train.max_steps": 100_000,
     }  # fmt: skip
-    began_s, limit_s = time.time(), 45
+    began_s, limit_s = time.time(), 30
     arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     done = tiny.run_module(1, "sft.train", *arguments, "--max-hours", str(limit_s / 3600))
     assert done.returncode == EXIT_PREEMPTED, done.stdout + done.stderr

@@ -50,7 +50,16 @@ def test_files_that_were_read_are_room(tmp_path):
 
 def test_a_host_without_control_groups_has_no_limits(tmp_path):
     assert _left_in_control_groups(tmp_path / "absent", tmp_path / "root") == []
-    assert left(tmp_path, "7:memory:/old\n1:cpu:/\n") == [], "version 1 is not read"
+    assert left(tmp_path, "7:memory:/old\n1:cpu:/\n") == []
+
+
+def test_version_1_of_control_groups_counts_as_well(tmp_path):
+    folder = tmp_path / "root" / "memory" / "slurm" / "job_7"
+    folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{6 * GIB}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{4 * GIB}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {GIB}\n")
+    assert left(tmp_path, "1:cpu:/slurm\n4:memory,hugetlb:/slurm/job_7\n") == [3 * GIB]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(GIB, GIB), (10 * GIB, 5 * GIB)])

@@ -1,11 +1,13 @@
 """FLOPs by hand, and the files that a run writes. Run: pytest tests/unit/test_metrics.py"""
 
 import json
+import math
 
 import pytest
 import torch
 
 from sft.config import DataSection, ModelSection, RunConfig, TrackSection
+from sft.errors import GuardStop, Preempted, UserError
 from sft.metrics import Recorder, flops_per_token, peak_flops
 
 CONFIG = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
@@ -71,6 +73,68 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     assert steps_of(tmp_path / "metrics.jsonl") == [1]
 
 
+def kinds(folder):
+    return [json.loads(text)["event"] for text in (folder / "events.jsonl").read_text().splitlines() if text[-1] == "}"]
+
+
+def test_a_line_cut_short_spoils_neither_the_next_one_nor_the_next_start(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "sa')
+    for _ in range(2):
+        with recorder(tmp_path) as record:
+            record.start()
+            record.event("finish", 3)
+    assert kinds(tmp_path) == ["start", "unseen_end", "finish", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [(Preempted("as asked"), "preempt"), (GuardStop("zero"), "guard_stop"), (UserError("full"), "error")],
+)
+def test_every_end_has_its_event_and_reason(tmp_path, error, event):
+    def run():
+        with recorder(tmp_path) as record:
+            record.metrics(line(2))
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    written = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (written["event"], written["step"], written["reason"]) == (event, 2, str(error))
+
+
+def test_an_end_that_nobody_saw_is_told_by_the_next_start(tmp_path):
+    with recorder(tmp_path) as record:
+        record.start()
+        record.event("save", 7)
+    with recorder(tmp_path) as record:
+        assert kinds(tmp_path) == ["save"], "not before the run is known to be the only one here"
+        record.start()
+        record.event("finish", 9)
+    with recorder(tmp_path) as record:
+        record.start()  # control: the end before was seen
+    written = [json.loads(text) for text in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in written] == ["save", "unseen_end", "finish"]
+    assert written[1]["step"] == 7
+
+
+def test_the_last_words_can_be_any_ranks(tmp_path):
+    with recorder(tmp_path, is_writer=False) as record:
+        record.metrics(line(5))
+        record.last_words("rank 0 is gone")
+    written = json.loads((tmp_path / "events.jsonl").read_text())
+    assert (written["event"], written["step"], written["reason"]) == ("rank_lost", 5, "rank 0 is gone")
+
+
+def test_history_is_what_the_guard_saw(tmp_path):
+    with recorder(tmp_path) as record:
+        record.metrics({**line(1), "loss_by_source": {}})
+        record.metrics({**line(2), "loss": None, "grad_norm": None})  # passed over
+        record.metrics({**line(3), "loss": float("nan"), "grad_norm": float("inf"), "loss_by_source": {}})
+        steps = record.history()
+    assert steps[0] == (1, 1.0, 1.0)
+    assert (steps[1][0], math.isnan(steps[1][1]), len(steps)) == (3, True, 2)
+
+
 def test_what_is_not_finite_is_null(tmp_path):
     with recorder(tmp_path) as record:
         record.metrics({**line(1), "loss": float("nan"), "grad_norm": float("inf")})
@@ -91,6 +155,7 @@ def test_wandb_offline_writes_beside_the_run_and_nowhere_else(tmp_path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     config = RunConfig(model=ModelSection(path="m"), data=DataSection(train="d"), out=str(tmp_path))
     with Recorder(config, tmp_path, True, total_steps=1) as record:
+        record.start()
         record.metrics(line(1))
     written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(written) == 1
