@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--folder", default=".", help="where checkpoints are written, under a temporary name")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{os.cpu_count()} CPU cores, fp32'}")
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="benchmark-") as name:
         folder = Path(name)
         make_inputs(options, folder)
