@@ -152,9 +152,14 @@ def run_module(ranks: int, module: str, *arguments: str, timeout_s: int = 240):
 
 def run_module_on_gpu(ranks: int, module: str, *arguments: str, timeout_s: int = 240):
     """The same on GPUs, over NCCL."""
+    return run([*_launcher(ranks), "--module", module, *arguments], timeout_s, gpu_environment())
+
+
+def gpu_environment() -> dict[str, str]:
+    """Environment of test processes that compute on GPUs: offline."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path(REPO)}
     environment.pop("DS_ACCELERATOR", None)
-    return run([*_launcher(ranks), "--module", module, *arguments], timeout_s, environment)
+    return environment
 
 
 def _launcher(ranks: int) -> list[str]:
