@@ -16,6 +16,7 @@ read what another number wrote. docs/checkpoints.md says why DeepSpeed's own che
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def is_complete(checkpoint: Path) -> bool:
             return False
         files = json.loads(text)["files"]
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -203,8 +204,8 @@ def check_undamaged(checkpoint: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, complete or not."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix == "")
+    """Checkpoint folders by step, complete or not; a copy under another name is none."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def list_torn(folder: Path) -> list[Path]:
@@ -244,10 +245,10 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             "was written); use another"
         )
     meta = json.loads((checkpoint / "meta.json").read_text())
-    if meta["format_version"] != FORMAT_VERSION:
+    if meta.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {checkpoint}: has format {meta['format_version']}, and this version reads {FORMAT_VERSION}; "
-            "go on with the version that wrote it, or choose another --out"
+            f"checkpoint {checkpoint}: has format {meta.get('format_version')}, and this version reads "
+            f"{FORMAT_VERSION}; go on with the version that wrote it, or choose another --out"
         )
     return meta
 
@@ -382,6 +383,9 @@ def _remove(folder: Path) -> None:
     Raises:
         OSError: it cannot be removed.
     """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink(missing_ok=True)
+        return
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)  # says why

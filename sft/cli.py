@@ -60,7 +60,15 @@ def train(argv: Sequence[str]) -> None:
         print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
     ranks, on_cpu, out = check_run(options, wanted)
     environment = dict(os.environ)
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error", "--master_port", free_port()]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level",
+        "critical",
+        "--master_port",
+        free_port(),
+    ]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if on_cpu:
         threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -182,7 +182,7 @@ class DataSection(Section):
 
 
 class BatchSection(Section):
-    rows_per_step: PositiveInt = 128
+    rows_per_step: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """GLOBAL packs per optimizer step; accumulation = rows_per_step / (ranks x micro_batch)."""
     micro_batch: PositiveInt = 1
     """Packs in one forward of one rank, laid end to end. Changes memory and speed, never the update."""
@@ -247,15 +247,15 @@ class GuardSection(Section):
     on_spike: Literal["record", "rollback"] = "record"
     """A loss far above the usual: written to events.jsonl; or also undone: back to the last checkpoint, and past the
     offending batches."""
-    spike_window: Annotated[int, Field(ge=8)] = 100
+    spike_window: Annotated[int, Field(ge=8, le=100_000)] = 100
     """Steps whose losses say what is usual."""
     spike_deviations: Annotated[float, Field(gt=0)] = 10.0
     """A spike lies this many robust standard deviations (1.4826 x median absolute deviation) above the median."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks of one run before it stops."""
-    lost_after_s: Annotated[float, Field(ge=1)] = 60.0
+    lost_after_s: Annotated[float, Field(ge=1, le=1e6)] = 60.0
     """A rank without a sign of life for this long is lost, and the others stop."""
-    hang_after_s: Annotated[float, Field(ge=1)] = 900.0
+    hang_after_s: Annotated[float, Field(ge=1, le=1e6)] = 900.0
     """A rank that lives but does not get on with a forward, update or save for this long stops the run."""
 
 

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 
 from sft.attention import choose_kernel, register
 from sft.config import RunConfig
@@ -79,6 +80,8 @@ def read_strategy(name: str) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise UserError(f"deepspeed {path}: zero_optimization.stage must be 1, 2 or 3")
     for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(part) or {}, dict):
+            raise UserError(f'deepspeed {path}: {part} must be an object, as in {{"device": "cpu"}}')
         if (device := (zero.get(part) or {}).get("device", "none")) not in ("none", "cpu"):
             raise UserError(f"deepspeed {path}: {part}.device '{device}' is not supported; use cpu")
         if other := [key for key in ("ratio", "super_offload") if key in (zero.get(part) or {})]:
@@ -129,7 +132,11 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
     optimizer = build_optimizer(
         model, config.optim, on_cpu_beside_gpu=offload == "cpu" and numerics.device.type == "cuda"
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"deepspeed {config.deepspeed}: DeepSpeed refuses it: {reason}") from error
     # DeepSpeed's own groups are clones of the world's that do not inherit its timeout
     for group in {engine.optimizer.dp_process_group, engine.seq_data_parallel_group}:
         dist.distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)

@@ -4,10 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from sft.checkpoint import newest_complete, read_meta
-from sft.config import ExportConfig
+from sft.config import ExportConfig, RunConfig
 from sft.errors import UserError, run_command
 from sft.hf_folder import export_checkpoint
 from sft.settings import load
@@ -17,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Export the newest complete checkpoint of a run, or the checkpoint that is named."""
     config = load(ExportConfig, argv, prog="sft export", positional="run")
     checkpoint, run = _find(Path(config.run).resolve())
-    base = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]["path"]
+    base = load(RunConfig, ["--config", str(run / "config.yaml")], prog="sft train").model.path
     if not Path(base).is_dir():
         raise UserError(f"export {run}: its base model folder {base} is gone; config and tokenizer are read from it")
     out = Path(config.out) if config.out else run / _default_name(checkpoint)
@@ -34,7 +32,7 @@ def _default_name(checkpoint: Path) -> str:
 
 def _find(given: Path) -> tuple[Path, Path]:
     """(checkpoint, run folder) for a run folder or a checkpoint folder."""
-    if given.name.startswith("step-") and (given.parents[1] / "config.yaml").is_file():
+    if given.name.startswith("step-") and len(given.parents) > 1 and (given.parents[1] / "config.yaml").is_file():
         return given, given.parents[1]
     if not (given / "config.yaml").is_file():
         raise UserError(f"--run {given}: is no run folder (no config.yaml) and no checkpoint of one")

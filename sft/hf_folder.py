@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sft.checkpoint import Pieces, check_undamaged, read_meta
@@ -69,8 +70,11 @@ def verify_export(checkpoint: Path, folder: Path) -> None:
         UserError: it is of another checkpoint, or damaged.
     """
     check_undamaged(checkpoint)
-    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
-    _verify(checkpoint, read_meta(checkpoint)["shapes"], folder, DTYPES[dtype])
+    try:
+        dtype = DTYPES[json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"export {folder}: has no config.json of an export; remove the folder") from None
+    _verify(checkpoint, read_meta(checkpoint)["shapes"], folder, dtype)
 
 
 def _verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype: torch.dtype) -> None:
@@ -84,9 +88,13 @@ def _verify(checkpoint: Path, shapes: dict[str, list[int]], folder: Path, dtype:
     quiet_libraries()
     with _one_line("export", folder):
         _load_small_files(folder)
-    loading: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, output_loading_info=True
-    )
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"export {folder}: does not load back: {reason}; remove the folder") from error
     model, info = loading
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(f"export {folder}: does not load back: {len(wrong)} keys wrong, first {wrong[0]}")

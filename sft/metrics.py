@@ -67,17 +67,20 @@ class Recorder:
         self._progress = _progress_bar(self._console) if is_writer and sys.stdout.isatty() else None
         self._total_steps = total_steps
         self._said_s = float("-inf")
-        self._step = 0
+        self.step = 0
+        """Of what is recorded without one: the last step that was taken."""
         self._config = config
+        self._before: dict[str, Any] | None = None
 
     def __enter__(self) -> "Recorder":
+        self._before = next(reversed(_read(self._out / "events.jsonl")), None)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, RankLost):  # of a lost rank the watchdog has told
-            self.event(ENDINGS.get(type(error), "error"), self._step, reason=_first_line(error))
+            self.event(ENDINGS.get(type(error), "error"), self.step, reason=_first_line(error))
         if self._progress:
             self._progress.stop()
         if self._wandb is not None:
@@ -89,10 +92,9 @@ class Recorder:
         """There is something to train: tell of an end that nobody saw, start the progress bar and the trackers."""
         if not self._is_writer:
             return
-        events = _read(self._out / "events.jsonl")
-        if events and events[-1].get("event") not in END_EVENTS:
-            last = f"after event {events[-1].get('event')} nothing was recorded: killed, or the host was lost"
-            self.event("unseen_end", events[-1].get("step", 0), reason=last)
+        if self._before and self._before.get("event") not in END_EVENTS:
+            last = f"after event {self._before.get('event')} nothing was recorded: killed, or the host was lost"
+            self.event("unseen_end", self._before.get("step", 0), reason=last)
         if self._progress:
             self._progress.start()
             self._task = self._progress.add_task("train", total=self._total_steps, status="")
@@ -111,7 +113,7 @@ class Recorder:
 
     def last_words(self, reason: str) -> None:
         """The event of a lost rank; by whichever rank the watchdog has chosen, for rank 0 may be the lost one."""
-        record_event(self._out, "rank_lost", self._step, reason=reason)
+        record_event(self._out, "rank_lost", self.step, reason=reason)
 
     def history(self) -> list[tuple[int, float, float]]:
         """(step, loss, gradient norm) of the steps in metrics.jsonl, NaN where they were not finite.
@@ -120,19 +122,23 @@ class Recorder:
         """
         lines = _read(self._out / "metrics.jsonl") if self._is_writer else []
         return [
-            (line["step"], _number(line["loss"]), _number(line["grad_norm"]))
+            (line["step"], _number(line.get("loss")), _number(line.get("grad_norm")))
             for line in lines
-            if "loss_by_source" in line
+            if "loss_by_source" in line and isinstance(line.get("step"), int)
         ]
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """One line in events.jsonl: start, resume, save, evaluate, skip, finish, ... with its facts."""
         if self._is_writer:
             record_event(self._out, kind, step, **facts)
+            if kind == "evaluate":
+                self.say(f"step {step}: held-out loss {facts['heldout_loss']:.4f}")
+            elif kind == "save":
+                self.say(f"step {step}: saved, {facts['gib']:,.2f} GiB in {facts['save_time_s']:.1f} s")
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One line in metrics.jsonl per optimizer step, the progress bar or one plain line, and the trackers."""
-        step = self._step = values["step"]
+        step = self.step = values["step"]
         if not self._is_writer:
             return
         _append(self._out / "metrics.jsonl", values)
@@ -143,17 +149,18 @@ class Recorder:
             self._console.print(f"step {step}/{self._total_steps}  {_status_line(values)}", markup=False)
         numbers = _flat_numbers(values)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(numbers)  # over the metric "step": after a rollback, steps come a second time
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that a resume will run again, so that each step has one line."""
-        self._step = step
+        self.step = step
         path = self._out / "metrics.jsonl"
         if self._is_writer and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if _step_of(line) <= step]
             temporary = path.with_suffix(".partial")
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, path)
@@ -170,6 +177,7 @@ class Recorder:
                 config=redact(self._config.model_dump(mode="json")),
                 settings=wandb.Settings(silent=True),
             )
+            self._wandb.define_metric("*", step_metric="step")
         if track.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -197,11 +205,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with suppress(ValueError):
             objects.append(json.loads(line))
-    return objects
+    return [value for value in objects if isinstance(value, dict)]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _first_line(error: BaseException) -> str:
@@ -224,7 +232,7 @@ def _step_of(line: str) -> float:
     """Step of a line of metrics.jsonl; beyond all steps for a line that a crash cut short."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

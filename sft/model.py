@@ -57,6 +57,8 @@ def read_model_config(folder: str) -> dict[str, Any]:
         raise UserError(f"model.path {folder}: holds no config.json; is it a Hugging Face model folder?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {folder}/config.json: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"model.path {folder}/config.json: must hold a JSON object")
     if not list(path.glob("*.safetensors")):
         raise UserError(
             f"model.path {folder}: holds no *.safetensors weights; convert other formats to safetensors first"

@@ -49,11 +49,12 @@ def most_checkpoints(keep: CheckpointSection, total_steps: int, *, heldout: bool
     """
     newest = max(present, default=0)
     to_save = math.ceil(total_steps / keep.every) - newest // keep.every if newest < total_steps else 0
-    for_ever: set[int] = set()
+    for_ever = 0
     if keep.keep_every:
         multiple = math.lcm(keep.every, keep.keep_every)
-        for_ever = {*range(multiple, total_steps + 1, multiple), *(s for s in present if s % keep.keep_every == 0)}
-    kept_at_most = keep.keep_last + int(keep.keep_best and heldout) + len(for_ever)
+        for_ever = total_steps // multiple
+        for_ever += sum(step % keep.keep_every == 0 and (step % multiple > 0 or step > total_steps) for step in present)
+    kept_at_most = keep.keep_last + int(keep.keep_best and heldout) + for_ever
     return min(len(present) + to_save, max(len(present), kept_at_most) + 1)
 
 
@@ -124,10 +125,11 @@ def check_disk(
     free = shutil.disk_usage(existing).free
     need = one * count + export
     if need > free + there:
+        rarer = f", raise checkpoint.keep_every ({keep.keep_every})" if keep.keep_every else ""
         raise UserError(
             f"--out {out}: {count} checkpoints of {one / GIB:,.1f} GiB and the export need {need / GIB:,.1f} GiB, but "
             f"{(free + there) / GIB:,.1f} GiB are free or hold what the run has written; lower checkpoint.keep_last "
-            f"({keep.keep_last}), raise checkpoint.keep_every, delete older checkpoints, or choose another --out"
+            f"({keep.keep_last}){rarer}, delete older checkpoints, or choose another --out"
         )
     return {
         "checkpoint_gib": round(one / GIB, 3),

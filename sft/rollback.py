@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import checkpoint
-from sft.errors import GuardStop
+from sft.errors import GuardStop, UserError
 from sft.guard import Spike
 from sft.resume import on_first_rank
 
@@ -67,8 +67,17 @@ def _prepare(
 def _read(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
     """Those of this run: with another order of packs the same steps are other packs."""
     path = out / "rollbacks.json"
-    rollbacks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [entry for entry in rollbacks if entry["of"] == _order(identity)]
+    if not path.exists():
+        return []
+    try:
+        rollbacks = json.loads(path.read_text(encoding="utf-8"))
+        for entry in rollbacks:
+            steps, numbers = entry["passed_over"], [entry["spike"], *entry["passed_over"]]
+            if not isinstance(steps, list) or not all(isinstance(number, int) for number in numbers):
+                raise ValueError
+        return [entry for entry in rollbacks if entry["of"] == _order(identity)]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not what a run wrote; restore it, or choose another --out") from None
 
 
 def _order(identity: dict[str, Any]) -> dict[str, Any]:

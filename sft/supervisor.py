@@ -23,6 +23,8 @@ TRAINER = "sft.train"
 TWICE_ENDS = {signal.SIGTERM, signal.SIGINT}
 BROADCAST = (signal.SIGUSR1, signal.SIGHUP)
 """What a scheduler may send to every process of a job, and the launchers would die of."""
+BY_SSH = "--force_multi"
+"""In the command of `deepspeed` where it starts the ranks of every host through ssh."""
 APART_S = 2.0
 """One wish can arrive as two signals: Slurm may send SIGTERM to tasks and to the script, which passes it on to them."""
 LOOK_S = 0.2
@@ -67,15 +69,22 @@ def supervise(
     events = out / "events.jsonl"
     began = events.stat().st_size if events.is_file() else 0
     requests: list[tuple[int, float]] = []
-    others = set(find_ranks(options))  # of the same command, started before: not ours to signal
     launched = _start(command, environment, requests)
     told: set[psutil.Process] | None = None
-    while launched.poll() is None or set(find_ranks(options)) - others:
+
+    def ranks_of_ours() -> list[psutil.Process]:
+        """A second start of the same command, which the run's lock refuses, must not touch the first one's ranks."""
+        found = find_ranks(options)
+        if BY_SSH in command:  # where they are nobody's descendants
+            return found
+        return [rank for rank in found if _session(rank) == launched.pid]
+
+    while launched.poll() is None or ranks_of_ours():
         if lost := launched.returncode is not None and not requests:
             _tell(say, "error: the launcher was killed and left its ranks")
             requests.append((signal.SIGTERM, time.monotonic()))
         if requests:
-            ranks = [rank for rank in find_ranks(options) if rank not in others]
+            ranks = ranks_of_ours()
             ready = {rank for rank in ranks if listens(rank)}
             if ranks and _insists(requests):
                 _tell(say, "stopped at once, without saving")
@@ -212,6 +221,13 @@ def _send(number: int, ranks: set[psutil.Process]) -> set[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
     return ranks
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def _parent(process: psutil.Process) -> int | None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from sft.saver import Saver
 from sft.signals import Inbox
 from sft.step import SLOW_LIMIT_S, Run, heldout_loss, train_step, training_flops_per_token
 from sft.watchdog import Watchdog
+
+LAUNCHERS = {"sft", "sft.launch", "deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
+"""Names of the commands and modules that start ranks."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     with Recorder(config, out, is_first, inputs.total_steps) as recorder, watch_over(config, out, recorder) as watch:
         watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
         newest = undamaged(config, inputs, recorder)
-        finished = checkpoint.step_of(newest) == inputs.total_steps
+        recorder.step = checkpoint.step_of(newest)
+        finished = recorder.step == inputs.total_steps
         if not finished:
             numerics = choose_numerics(config, device, inputs.model_config["model_type"])
             resume.on_first_rank(lambda: write_config(config, out))
@@ -163,7 +168,9 @@ def undo(run: Run, spike: Spike) -> int | None:
     saved = undamaged(run.config, run.inputs, run.recorder)
     assert saved is not None
     resume.load(run.engine, saved)
-    run.recorder.warn("rollback", f"back to {saved}; the packs that led to the spike are passed over", step=spike.step)
+    run.recorder.warn(
+        "rollback", f"back to {saved}; steps {spike.step - 1} and {spike.step} are passed over", step=spike.step
+    )
     run.saver.step = checkpoint.step_of(saved)
     run.recorder.forget_after(run.saver.step)
     return run.saver.step
@@ -208,11 +215,20 @@ def watch_over(config: RunConfig, out: Path, recorder: Recorder) -> Watchdog:
 
 
 def ends_at_s(max_hours: float | None) -> float | None:
-    """time.monotonic() of the end of the job's time, which began with this process."""
+    """time.monotonic() of the end of the job's time, which began with the command that started this process."""
     if max_hours is None:
         return None
-    age_s = time.time() - psutil.Process().create_time()
+    own = psutil.Process()
+    launchers = [parent for parent in own.parents() if _is_launcher(parent)]
+    age_s = time.time() - min(process.create_time() for process in [own, *launchers])
     return time.monotonic() - age_s + max_hours * 3600
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    """sft train, sft.launch, or one of DeepSpeed's."""
+    with suppress(psutil.Error):
+        return not LAUNCHERS.isdisjoint(Path(word).name for word in process.cmdline())
+    return False
 
 
 def undamaged(config: RunConfig, inputs: RunInputs, recorder: Recorder) -> Path | None:

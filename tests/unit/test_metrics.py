@@ -105,7 +105,7 @@ def test_every_end_has_its_event_and_reason(tmp_path, error, event):
 def test_an_end_that_nobody_saw_is_told_by_the_next_start(tmp_path):
     with recorder(tmp_path) as record:
         record.start()
-        record.event("save", 7)
+        record.event("save", 7, gib=0.1, save_time_s=1.0)
     with recorder(tmp_path) as record:
         assert kinds(tmp_path) == ["save"], "not before the run is known to be the only one here"
         record.start()
