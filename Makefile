@@ -13,7 +13,7 @@ demo: $(SETUP)
 	$(BIN)/sft demo
 
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -52,6 +52,7 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     out = run_folder(config)
     device = start_distributed()
     is_first = dist.get_rank() == 0
+    numerics = choose_numerics(config, device, inputs.model_config["model_type"])
     resume.on_first_rank(lambda: lock(out))
     with Recorder(config, out, is_first, inputs.total_steps) as recorder, watch_over(config, out, recorder) as watch:
         watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
@@ -59,7 +60,6 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
         recorder.step = checkpoint.step_of(newest)
         finished = recorder.step == inputs.total_steps
         if not finished:
-            numerics = choose_numerics(config, device, inputs.model_config["model_type"])
             resume.on_first_rank(lambda: write_config(config, out))
             await_config(out)
             stop = StopRequest(inbox, ends_at_s(config.max_hours))

@@ -72,7 +72,8 @@ def test_training_wrote_exactly_these_files(work):
     checkpoints = [f"checkpoints/step-{step:08d}/{file}" for step in (4, 6) for file in state]
     model = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     export = [f"export/{file}" for file in model]
-    assert files_below(work / "run") == sorted([*checkpoints, *export, "config.yaml", "events.jsonl", "metrics.jsonl"])
+    files = ["config.yaml", "events.jsonl", "lock", "metrics.jsonl"]
+    assert files_below(work / "run") == sorted([*checkpoints, *export, *files])
     assert files_below(work / "bf16") == sorted(model)
 
 

@@ -48,4 +48,4 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path, base_model, prepared, strategy
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
-    assert tiny.read_jsonl(run / "events.jsonl")[-1]["event"] == "finish"
+    assert [event["event"] for event in tiny.read_jsonl(run / "events.jsonl")[-2:]] == ["finish", "export"]
