@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -159,5 +160,8 @@ def test_wandb_offline_writes_beside_the_run_and_nowhere_else(tmp_path, monkeypa
         record.metrics(line(1))
     written = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(written) == 1
+    deadline_s = time.monotonic() + 30  # wandb's own process writes the file, at its leisure on a busy machine
+    while written[0].stat().st_size <= 100 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
     assert written[0].stat().st_size > 100
     assert b"x" * 40 not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
