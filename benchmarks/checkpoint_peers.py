@@ -6,6 +6,7 @@ Each keeps its newest checkpoint and deletes the one before it beside training, 
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from sft import zero_state
 
 
-class Peer:
+class Peer(ABC):
     """A save of another kind. Methods are collective unless they say otherwise.
 
     Args:
@@ -78,12 +79,13 @@ class Peer:
         """Wait for the thread. Not collective."""
         self._threads.shutdown()
 
+    @abstractmethod
     def load(self) -> None:
         """Put the newest checkpoint into the engine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _start(self, target: Path) -> "Future[Any]":
-        raise NotImplementedError
+        """Begin to save."""
 
     def _wait_for_copy(self) -> None:
         """Return when the state may change."""

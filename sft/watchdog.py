@@ -226,11 +226,7 @@ class Watchdog:
         """Thread: signs of life, neighbours, verdicts."""
         next_s = looked_s = time.monotonic()
         while not self._stop.wait(0.1 if self._waits.is_set() else min(LOOK_S, self._interval_s)):
-            now = time.monotonic()
-            if now - looked_s > self._lost_after_s / 2:  # stopped, like a whole job can be: nobody else was silent
-                self._stood_still_s, self._woke_s = now - looked_s, now
-                self._signs = {rank: (sign, now) for rank, (sign, _) in self._signs.items()}
-            looked_s = now
+            now = self._notice_standstill(looked_s)
             try:
                 verdict = self._look_at_neighbours()
                 if verdict is None and (now >= next_s or self._waits.is_set()):
@@ -238,15 +234,22 @@ class Watchdog:
                     verdict = self._talk(now)
             except dist.DistError:
                 verdict = self._store_broke_off()
+            looked_s = self._notice_standstill(now)  # it can be stopped in the middle of a question, too
             if verdict is not None and not self._stop.is_set():
-                if (
-                    now - self._woke_s < self._lost_after_s + 2 * self._interval_s
-                    and self._rank not in verdict.culprits
-                ):
+                own_hang = verdict.kind == "hangs" and self._rank in verdict.culprits
+                if looked_s - self._woke_s < self._lost_after_s + 2 * self._interval_s and not own_hang:
                     still = f"{self._me} was itself stopped for {self._stood_still_s:.0f} s; meanwhile "
                     verdict = Verdict("silent", (self._rank,), still + verdict.reason)
                 self._act(verdict)
                 return
+
+    def _notice_standstill(self, looked_s: float) -> float:
+        """Now; a rank that was stopped since `looked_s`, as a whole job can be, holds nobody's silence against it."""
+        now = time.monotonic()
+        if now - looked_s > self._lost_after_s / 2:
+            self._stood_still_s, self._woke_s = now - looked_s, now
+            self._signs = {rank: (sign, now) for rank, (sign, _) in self._signs.items()}
+        return now
 
     def _look_at_neighbours(self) -> Verdict | None:
         gone = [member for member in self._neighbours if is_gone(member)]

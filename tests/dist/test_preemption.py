@@ -115,7 +115,7 @@ def test_max_hours_leaves_in_time(tmp_path, base_model, prepared, strategy):
     assert done.returncode == EXIT_PREEMPTED, done.stdout + done.stderr
     event = tiny.read_jsonl(tmp_path / "run" / "events.jsonl")[-1]
     assert event["event"] == "preempt"
-    assert event["time"] - began_s < limit_s + 20, "the launcher starts before the process that counts"
+    assert event["time"] - began_s < limit_s
     assert "max_hours is nearly over" in done.stderr
     newest = newest_complete(tmp_path / "run" / "checkpoints")
     assert read_meta(newest)["step"] == len(metrics(tmp_path / "run")) > 0
