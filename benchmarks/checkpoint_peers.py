@@ -87,6 +87,7 @@ class Peer(ABC):
     def _start(self, target: Path) -> "Future[Any]":
         """Begin to save."""
 
+    @abstractmethod
     def _wait_for_copy(self) -> None:
         """Return when the state may change."""
 
@@ -98,6 +99,9 @@ class DeepSpeedSaver(Peer):
         self._engine.save_checkpoint(str(self._folder), tag=target.name)
         dist.barrier()  # DeepSpeed's own lies before rank 0 has copied its scripts
         return self._threads.submit(sync_files, target)
+
+    def _wait_for_copy(self) -> None:
+        """Nothing to wait for: its call returns when the files are written."""
 
     def load(self) -> None:
         """engine.load_checkpoint."""
