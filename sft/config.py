@@ -1,4 +1,4 @@
-"""Every option of every command but `sft augment`: once, typed, with its unit and its default's reason.
+"""Every option, once, typed, with its default's reason (those of `sft augment`, `sft eval` and `sft drift`: beside them).
 
 `sft.settings` turns a YAML file and `--section.key value` flags into these frozen objects.
 Rules that need more than one field are validators here, so that every problem shows in one message.
@@ -323,55 +323,6 @@ class ExportConfig(Section):
     """dtype of the exported weights; auto: the dtype the model was computed in."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest safetensors file in GB (10^9 bytes); also bounds the host memory in use."""
-
-
-# Evaluation
-
-
-class ShotsSection(Section):
-    mmlu: Annotated[int, Field(ge=0, le=5)] = 5
-    """Solved examples before each MMLU question, the first of the subject's dev split."""
-    hellaswag: Annotated[int, Field(ge=0)] = 0
-    """Solved examples before each HellaSwag item, drawn from the train split as lm_eval draws them."""
-
-
-class ScoreOptions(Section):
-    """What two models must share to be compared."""
-
-    tasks: Annotated[list[Literal["mmlu", "hellaswag"]], BeforeValidator(split_commas), Field(min_length=1)] = [
-        "mmlu",
-        "hellaswag",
-    ]
-    """Tasks, separated by commas."""
-    data: str
-    """Folder that holds MMLU and HellaSwag in any public layout, found by content."""
-    shots: ShotsSection = ShotsSection()
-    limit: PositiveInt | None = None
-    """Score the first N items of every MMLU subject and of HellaSwag."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute dtype. auto: bf16 on GPUs and on CPUs with bf16 units, else fp32. Softmax and sums are fp32 at least."""
-    tokens_per_batch: PositiveInt = 16384
-    """Padded tokens in one forward at most."""
-    out: str
-    """Folder for the results."""
-
-
-class EvalConfig(ScoreOptions):
-    model: str
-    """Folder of the model and its tokenizer."""
-
-
-class GateSection(Section):
-    max_drop: Fraction | None = None
-    """Fail (exit code 3) when a task's accuracy dropped by more than this (0.01 = one point); null: no gate."""
-
-
-class DriftConfig(ScoreOptions):
-    base: str
-    """Folder of the model before training."""
-    tuned: str
-    """Folder of the model after training."""
-    gate: GateSection = GateSection()
 
 
 # Looking at packed rows, and the demonstration

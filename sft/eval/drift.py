@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sft.config import DriftConfig
 from sft.errors import GateFailed, UserError, run_command
+from sft.eval.options import DriftConfig
 from sft.eval.ranks import join_ranks, read_place
 from sft.eval.report import compare, gate_line, to_markdown, to_table
 from sft.eval.results import RESULT_FILES, make_folder, write_atomically, write_results

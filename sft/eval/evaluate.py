@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sft.config import EvalConfig
+from sft.eval.options import EvalConfig
 from sft.eval.ranks import join_ranks, read_place
 from sft.eval.results import RESULT_FILES, make_folder, write_results
 from sft.eval.run import describe_truncation, load_items, prepare, score_prepared

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,16 @@ RESULT_FILES = ("results.json", *(f"items-{task}.jsonl" for task in HEADLINE))
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a model says to items of four choices."""
+
+    lls: np.ndarray
+    """float64 [items, choices]: log-likelihoods, natural logarithm, summed over the scored tokens."""
+    greedy: np.ndarray
+    """bool [items, choices]: every scored token is the most likely one."""
+
+
+@dataclass(frozen=True)
 class Record:
     """One scored item; ties go to the first choice, as in numpy.argmax."""
 
@@ -41,35 +52,91 @@ class Record:
     prompt_sha256: str
     """sha256 of the context; lm_eval's prompt_hash."""
     cluster: str
+    """Items that share a source (subject, video, article) have correlated scores."""
+    greedy: tuple[bool, ...]
+    """Whether each choice is what greedy decoding would have written."""
+    chars: tuple[int, ...]
+    """Code points of each choice as scored, without the delimiter."""
+    utf8_bytes: tuple[int, ...]
+    """The same in UTF-8 bytes."""
+    gap: float
+    """Score of the best choice minus that of the second, under the task's headline metric."""
+    near_tie: bool
+    """The gap is within what rounding may move: see tie_width."""
 
     def is_right(self, metric: str) -> bool:
         """Whether the item counts as right under acc or acc_norm."""
         return self.correct if metric == "acc" else self.correct_norm
 
 
-def make_records(items: Sequence[Item], scores: np.ndarray) -> list[Record]:
-    """Records of items in order. `scores`: float64 [items, choices]."""
-    records = []
-    for item, lls in zip(items, scores, strict=True):
-        # An ending that consisted of tags only has no characters left: lm_eval divides by zero and gets -inf.
-        per_char = [ll / len(text) if text else -np.inf for ll, text in zip(lls, item.choices, strict=True)]
-        pred, pred_norm = int(np.argmax(lls)), int(np.argmax(per_char))
-        records.append(
-            Record(
-                task=item.task,
-                subject=item.subject,
-                doc_id=item.doc_id,
-                gold=item.gold,
-                lls=tuple(lls.tolist()),
-                pred=pred,
-                pred_norm=pred_norm,
-                correct=pred == item.gold,
-                correct_norm=pred_norm == item.gold,
-                prompt_sha256=hashlib.sha256(item.context.encode()).hexdigest(),
-                cluster=item.cluster,
-            )
-        )
-    return records
+@dataclass(frozen=True)
+class Asked:
+    """What a reader of the report sees of an item."""
+
+    question: str
+    """Without description and solved examples."""
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model's records by task, and what they depend on."""
+
+    header: dict[str, Any]
+    """What results.json holds under "header"; of each task under header["tasks"][task]."""
+    records: dict[str, list[Record]]
+    asked: dict[str, list[Asked]]
+    """Beside the records, item by item; {} where the texts are not at hand."""
+
+
+def make_records(items: Sequence[Item], prompts: Sequence[str], scores: Scores, significand_bits: int) -> list[Record]:
+    """Records of items in order.
+
+    Args:
+        items: what was asked.
+        prompts: the context of each, as it was tokenised.
+        scores: log-likelihoods and greedy flags.
+        significand_bits: of the dtype that was computed in: 8 for bf16, 24 for fp32.
+    """
+    rows = zip(items, prompts, scores.lls, scores.greedy, strict=True)
+    return [_make_record(item, prompt, lls, greedy, significand_bits) for item, prompt, lls, greedy in rows]
+
+
+def _make_record(item: Item, prompt: str, lls: np.ndarray, greedy: np.ndarray, significand_bits: int) -> Record:
+    chars = tuple(len(text) for text in item.choices)
+    # An ending that consisted of tags only has no characters left: lm_eval divides by zero and gets -inf.
+    per_char = [ll / length if length else -np.inf for ll, length in zip(lls, chars, strict=True)]
+    pred, pred_norm = int(np.argmax(lls)), int(np.argmax(per_char))
+    is_norm = HEADLINE[item.task] == "acc_norm"
+    best, second = sorted(per_char if is_norm else lls.tolist(), reverse=True)[:2]
+    width = tie_width(float(lls[pred_norm if is_norm else pred]), significand_bits)
+    return Record(
+        task=item.task,
+        subject=item.subject,
+        doc_id=item.doc_id,
+        gold=item.gold,
+        lls=tuple(lls.tolist()),
+        pred=pred,
+        pred_norm=pred_norm,
+        correct=pred == item.gold,
+        correct_norm=pred_norm == item.gold,
+        prompt_sha256=hashlib.sha256(prompt.encode()).hexdigest(),
+        cluster=item.cluster,
+        greedy=tuple(bool(flag) for flag in greedy),
+        chars=chars,
+        utf8_bytes=tuple(len(text.encode()) for text in item.choices),
+        gap=best - second,
+        near_tie=best - second <= (width / chars[pred_norm] if is_norm and chars[pred_norm] else width),
+    )
+
+
+def tie_width(ll: float, significand_bits: int) -> float:
+    """Two units in the last place of a log-likelihood stored in a dtype: closer scores may change places by rounding.
+
+    (lm_eval's bf16 sums have a spacing of 0.5 between 64 and 128.)
+    """
+    exponent = math.frexp(ll)[1]  # |ll| in [2^(exponent - 1), 2^exponent)
+    return 2 * math.ldexp(1.0, exponent - significand_bits)
 
 
 def summarize(task: str, records: Sequence[Record]) -> dict[str, Any]:

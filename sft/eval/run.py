@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import sft
-from sft.config import ScoreOptions
 from sft.errors import UserError
 from sft.eval import score
+from sft.eval.options import ScoreOptions
 from sft.eval.ranks import Ranks, join_ranks
 from sft.eval.requests import Request, build_requests, count_truncated, digest_requests
 from sft.eval.results import Record, make_records

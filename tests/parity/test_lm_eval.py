@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sft.eval.options import ScoreOptions, ShotsSection
 
-from sft.config import ScoreOptions, ShotsSection
 from sft.eval.results import Record, summarize
 from sft.eval.run import load_items, prepare, score_model
 from sft.eval.tasks.item import Item

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from sft.eval.options import DriftConfig
 
-from sft.config import DriftConfig
 from sft.errors import UserError, run_command
 from sft.eval import drift, evaluate
 from sft.eval.run import load_items

@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from sft.eval.options import DriftConfig, EvalConfig
 
 from sft import config
 from sft.augment_options import AugmentConfig
@@ -24,8 +25,8 @@ OPTIONS = {
     "train": config.RunConfig,
     "blame": config.BlameConfig,
     "export": config.ExportConfig,
-    "eval": config.EvalConfig,
-    "drift": config.DriftConfig,
+    "eval": EvalConfig,
+    "drift": DriftConfig,
     "demo": config.DemoConfig,
 }
 POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run", "blame": "run"}

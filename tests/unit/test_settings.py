@@ -6,8 +6,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from sft.eval.options import DriftConfig, EvalConfig
 
-from sft.config import DriftConfig, EvalConfig, PrepConfig, RunConfig, ShowConfig
+from sft.config import PrepConfig, RunConfig, ShowConfig
 from sft.errors import UserError
 from sft.settings import load, redact, to_yaml
 
