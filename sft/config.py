@@ -1,4 +1,4 @@
-"""Every option, once, typed, with its default's reason (those of `sft augment`, `sft eval` and `sft drift`: beside them).
+"""Every option, once, typed, with its default's reason; those of `sft augment`, `sft eval`, `sft drift`: beside them.
 
 `sft.settings` turns a YAML file and `--section.key value` flags into these frozen objects.
 Rules that need more than one field are validators here, so that every problem shows in one message.

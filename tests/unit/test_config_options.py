@@ -7,10 +7,10 @@ from typing import get_args
 
 import pytest
 from pydantic import BaseModel
-from sft.eval.options import DriftConfig, EvalConfig
 
 from sft import config
 from sft.augment_options import AugmentConfig
+from sft.eval.options import DriftConfig, EvalConfig
 from sft.settings import walk_options
 
 COMMANDS = {
