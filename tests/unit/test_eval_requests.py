@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from sft.errors import UserError
-from sft.eval.requests import Request, build_requests, count_truncated, digest_requests
+from sft.eval.requests import Prompting, Request, build_requests, count_truncated, digest_requests
 from sft.eval.tasks.item import Item
 from sft.tokenizer import load_tokenizer
 from tests import tiny
 
-ITEM = Item("hellaswag", "hellaswag", 7, "Hi: it", ("is", " so", "", "é"), 0, "source")
+ITEM = Item("hellaswag", "hellaswag", 7, "", (), "Hi: it", ("is", " so", "", "é"), 0, "source")
+PLAIN = Prompting()
 BOS = 1
 
 
@@ -39,7 +40,7 @@ def pairs(requests):
 
 def test_continuations_begin_with_the_blank(tokenizer):
     context = [BOS, *ids("Hi: it")]
-    assert pairs(build_requests([ITEM], tokenizer, 100)) == [
+    assert pairs(build_requests([ITEM], tokenizer, 100, PLAIN).requests) == [
         (context, ids(" is")),
         (context, ids("  so")),
         (context, ids(" ")),
@@ -49,25 +50,28 @@ def test_continuations_begin_with_the_blank(tokenizer):
 
 @pytest.mark.parametrize("blanks", [" ", "\u00a0", " \n\t"])
 def test_trailing_blanks_move_to_the_continuation(tokenizer, blanks):
-    moved = build_requests([replace(ITEM, context=f"Hi: it{blanks}")], tokenizer, 100)
+    moved = build_requests([replace(ITEM, question=f"Hi: it{blanks}")], tokenizer, 100, PLAIN).requests
     assert pairs(moved)[0] == ([BOS, *ids("Hi: it")], ids(f"{blanks} is"))
 
 
 def test_bos_is_the_tokenizers_decision(tmp_path, tokenizer):
     without = edit(tiny.make_tokenizer(tmp_path / "plain"), lambda state: state.update(post_processor=None))
-    assert pairs(build_requests([ITEM], without, 100))[0] == (ids("Hi: it"), ids(" is"))
-    assert digest_requests(build_requests([ITEM], without, 100)) != digest_requests(
-        build_requests([ITEM], tokenizer, 100)
+    assert pairs(build_requests([ITEM], without, 100, PLAIN).requests)[0] == (ids("Hi: it"), ids(" is"))
+    assert digest_requests(build_requests([ITEM], without, 100, PLAIN).requests) != digest_requests(
+        build_requests([ITEM], tokenizer, 100, PLAIN).requests
     )
 
 
 def test_a_text_that_brings_its_own_bos_gets_no_second_one(tokenizer):
-    assert pairs(build_requests([replace(ITEM, context="<s>Hi")], tokenizer, 100))[0][0] == [BOS, *ids("Hi")]
+    assert pairs(build_requests([replace(ITEM, question="<s>Hi")], tokenizer, 100, PLAIN).requests)[0][0] == [
+        BOS,
+        *ids("Hi"),
+    ]
 
 
 def test_many_items_keep_their_order(tokenizer):
-    items = [replace(ITEM, doc_id=number, context=f"Hi {number}") for number in range(300)]
-    requests = build_requests(items, tokenizer, 100)
+    items = [replace(ITEM, doc_id=number, question=f"Hi {number}") for number in range(300)]
+    requests = build_requests(items, tokenizer, 100, PLAIN).requests
     assert len(requests) == 1200
     assert requests[4 * 299].ctx_ids.tolist() == [BOS, *ids("Hi 299")]
 
@@ -101,7 +105,7 @@ def test_a_tokenizer_that_appends_eos_is_refused(tmp_path):
 
     tokenizer = edit(tiny.make_tokenizer(tmp_path / "eos"), append_eos)
     with pytest.raises(UserError, match=r"tokenizer .*/eos: adds </s> after every text.*add_eos_token"):
-        build_requests([ITEM], tokenizer, 100)
+        build_requests([ITEM], tokenizer, 100, PLAIN).requests
 
 
 def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
@@ -111,14 +115,14 @@ def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
 
     tokenizer = edit(tiny.make_tokenizer(tmp_path / "merge"), merge_t_and_blank)
     with pytest.raises(UserError, match=r"hellaswag item 7, choice 0: the tokenizer merges the end of the context"):
-        build_requests([ITEM], tokenizer, 100)
+        build_requests([ITEM], tokenizer, 100, PLAIN).requests
 
 
 def test_continuations_that_cannot_be_scored_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"choice 1: 4 tokens to score; need 1 to 3"):
-        build_requests([ITEM], tokenizer, 3)
+        build_requests([ITEM], tokenizer, 3, PLAIN).requests
     with pytest.raises(UserError, match=r"hellaswag item 7: its context is blank"):
-        build_requests([replace(ITEM, context=" \n")], tokenizer, 100)
+        build_requests([replace(ITEM, question=" \n")], tokenizer, 100, PLAIN).requests
 
 
 def test_digest_sees_where_the_continuation_begins():

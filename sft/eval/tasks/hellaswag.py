@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sft.errors import UserError
 from sft.eval.tasks.item import Item
@@ -45,39 +46,52 @@ def preprocess(text: str) -> str:
 
 
 def build_items(
-    validation: Sequence[HellaswagRow], train: Sequence[HellaswagRow], shots: int, limit: int | None
+    validation: Sequence[HellaswagRow],
+    train: Sequence[HellaswagRow],
+    shots: int,
+    limit: int | None,
+    *,
+    draw: Literal["lm_eval", "fixed"] = "lm_eval",
+    world: int = 1,
 ) -> list[Item]:
-    """The first `limit` validation rows, each behind `shots` solved train rows of its own.
+    """The first `limit` validation rows, each behind `shots` solved train rows.
 
-    The examples are those of lm_eval on one rank, for any number of ranks here.
+    Args:
+        validation: rows to be asked.
+        train: rows to draw the examples from; may be empty without shots.
+        shots: examples of each item.
+        limit: None for all rows.
+        draw: lm_eval: fresh examples for every item, as lm_eval draws them; fixed: one draw for all items.
+        world: draw as lm_eval does on that many ranks, whatever the number of ranks here: each has a generator of its
+            own, which advances with the rows of that rank.
 
     Raises:
         UserError: the train split is too small for `shots`.
     """
     rows = validation[:limit]
-    prefixes = _solved_prefixes(rows, train, shots) if shots else [""] * len(rows)
+    if not shots:
+        drawn: list[list[int]] = [[] for _ in rows]
+    elif draw == "fixed":
+        drawn = [_draw_once(validation, train, shots)] * len(rows)
+    else:
+        _check_pool(train, shots + 1, shots)
+        rngs = [random.Random(FEWSHOT_SEED) for _ in range(world)]
+        drawn = [_draw(rngs[number % world], row, train, shots) for number, row in enumerate(rows)]
+    solved = {index: (row.query, row.choices[row.label]) for index in set().union(*drawn) for row in [train[index]]}
     return [
         Item(
             task="hellaswag",
             subject="hellaswag",
             doc_id=doc_id,
-            context=prefix + row.query,
+            description="",
+            shots=tuple(solved[index] for index in indices),
+            question=row.query,
             choices=row.choices,
             gold=row.label,
             cluster=row.source_id or f"row {doc_id}",
         )
-        for doc_id, (row, prefix) in enumerate(zip(rows, prefixes, strict=True))
+        for doc_id, (row, indices) in enumerate(zip(rows, drawn, strict=True))
     ]
-
-
-def _solved_prefixes(rows: Sequence[HellaswagRow], train: Sequence[HellaswagRow], shots: int) -> list[str]:
-    if len(train) <= shots:
-        raise UserError(
-            f"HellaSwag: --shots.hellaswag {shots}, but the train split has {len(train)} rows; "
-            f"each item draws {shots + 1} of them: use fewer shots or complete the train split"
-        )
-    rng = random.Random(FEWSHOT_SEED)
-    return ["".join(_solved(train[index]) for index in _draw(rng, row, train, shots)) for row in rows]
 
 
 def _draw(rng: random.Random, row: HellaswagRow, train: Sequence[HellaswagRow], shots: int) -> list[int]:
@@ -85,14 +99,29 @@ def _draw(rng: random.Random, row: HellaswagRow, train: Sequence[HellaswagRow], 
     drawn = [index for index in rng.sample(range(len(train)), shots + 1) if train[index] != row][:shots]
     if len(drawn) == shots:
         return drawn
-    others = [index for index in range(len(train)) if train[index] != row]
+    return rng.sample(_others(train, {row}, shots), shots)
+
+
+def _draw_once(validation: Sequence[HellaswagRow], train: Sequence[HellaswagRow], shots: int) -> list[int]:
+    """Indices of `shots` train rows none of which is ever asked, with or without a limit."""
+    _check_pool(train, shots, shots)
+    return random.Random(FEWSHOT_SEED).sample(_others(train, set(validation), shots), shots)
+
+
+def _check_pool(train: Sequence[HellaswagRow], need: int, shots: int) -> None:
+    if len(train) < need:
+        raise UserError(
+            f"HellaSwag: --shots.hellaswag {shots}, but the train split has {len(train)} rows; "
+            f"each draw takes {need} of them: use fewer shots or complete the train split"
+        )
+
+
+def _others(train: Sequence[HellaswagRow], asked: set[HellaswagRow], shots: int) -> list[int]:
+    others = [index for index, row in enumerate(train) if row not in asked]
     if len(others) < shots:
         raise UserError(
-            f"HellaSwag: the train split has only {len(others)} rows that differ from the tested one, "
-            f"--shots.hellaswag is {shots}; use fewer shots or complete the train split"
+            f"HellaSwag: the train split has only {len(others)} rows that differ from the tested "
+            f"{'one' if len(asked) == 1 else 'ones'}, --shots.hellaswag is {shots}; use fewer shots or complete the "
+            "train split"
         )
-    return rng.sample(others, shots)
-
-
-def _solved(row: HellaswagRow) -> str:
-    return f"{row.query} {row.choices[row.label]}\n\n"
+    return others

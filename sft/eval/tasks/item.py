@@ -1,26 +1,29 @@
-"""One multiple-choice question, ready to be scored, and what identifies a list of them."""
+"""One multiple-choice question, ready to be put into a prompt, and what identifies a list of them."""
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 NUM_CHOICES = 4
 
 
 @dataclass(frozen=True)
 class Item:
-    """A context and four continuations of which one is right."""
+    """A question with four answers of which one is right, and what stands before it."""
 
     task: str
     subject: str
     """MMLU subject; for HellaSwag the name of the task."""
     doc_id: int
     """Row number in the original split."""
-    context: str
-    """Everything before the answer: description, solved examples, question."""
+    description: str
+    """What the task says before everything else; "" for HellaSwag."""
+    shots: tuple[tuple[str, str], ...]
+    """Solved examples: (question, answer)."""
+    question: str
     choices: tuple[str, ...]
-    """Texts as scored, without the delimiter: a continuation is " " + choice."""
+    """Texts as scored, without the delimiter."""
     gold: int
     """Index of the right choice."""
     cluster: str
@@ -31,11 +34,21 @@ class Item:
         """How messages call this item."""
         return f"{self.subject} item {self.doc_id}"
 
+    @property
+    def solved(self) -> str:
+        """Shots and question as plain text; an answer is " " + choice."""
+        return "".join(f"{question} {answer}\n\n" for question, answer in self.shots) + self.question
+
+    @property
+    def context(self) -> str:
+        """Everything before the answer as plain text: description, solved examples, question."""
+        return self.description + self.solved
+
 
 def digest_items(items: Sequence[Item]) -> str:
     """sha256 of the canonical JSON of all items: equal if and only if the same questions were asked the same way."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps(asdict(item), sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
+        digest.update(json.dumps(vars(item), sort_keys=True, separators=(",", ":")).encode())
         digest.update(b"\n")
     return digest.hexdigest()

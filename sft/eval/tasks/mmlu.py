@@ -113,10 +113,19 @@ def build_items(subject: MmluSubject, shots: int, limit: int | None) -> list[Ite
             "use fewer shots or complete the dev split"
         )
     topic = subject.name.replace("_", " ")
-    head = f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-    head += "".join(f"{_question(row)} {LETTERS[row.answer]}\n\n" for row in subject.dev[:shots])
+    solved = tuple((_question(row), LETTERS[row.answer]) for row in subject.dev[:shots])
     return [
-        Item("mmlu", subject.name, doc_id, head + _question(row), LETTERS, row.answer, subject.name)
+        Item(
+            task="mmlu",
+            subject=subject.name,
+            doc_id=doc_id,
+            description=f"The following are multiple choice questions (with answers) about {topic}.\n\n",
+            shots=solved,
+            question=_question(row),
+            choices=LETTERS,
+            gold=row.answer,
+            cluster=subject.name,
+        )
         for doc_id, row in enumerate(subject.test[:limit])
     ]
 
