@@ -18,7 +18,17 @@ SHARED = {"data_prep.shards", "data_prep.template"}
 """What sft may use of data_prep."""
 READS_ROWS = {("sft.augment", "data_prep.readers"), ("sft.blame", "data_prep.readers")}
 """Commands of sft that also work on rows: one writes variants of them by models, one finds those of a step again."""
-TORCH_FREE = ("data_prep", *sorted(GROUND_FLOOR), "sft.order", "sft.schedule", "sft.eval.stats", "sft.eval.tasks")
+TORCH_FREE = (
+    "data_prep",
+    *sorted(GROUND_FLOOR),
+    "sft.order",
+    "sft.schedule",
+    "sft.eval.stats",
+    "sft.eval.power",
+    "sft.eval.shift",
+    "sft.eval.compare",
+    "sft.eval.tasks",
+)
 TORCH = {"torch", "deepspeed", "accelerate"}
 DEEPSPEED_USERS = {"sft.engine", "sft.optim"}
 """The assembler of engines; and AdamW on the host, which is DeepSpeed's where the states are offloaded beside a GPU."""

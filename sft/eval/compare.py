@@ -258,17 +258,16 @@ def _decide_task(task: str, row: dict[str, Any], gate: GateSection) -> tuple[boo
     seen = f"{task} {row['metric']} changed by {_points(row['delta'])} points on {row['n']:,} items"
     if row["verdict"] == "identical":
         return True, f"{seen}: not one score differs"
-    limit, at = _points(-allowed), f"at {100 * gate.confidence:g} % confidence"
+    limit, at = f"a drop of {100 * allowed:.2f} points", f"at {100 * gate.confidence:g} % confidence"
     lower, upper = row["lower_one_sided"], row["upper_one_sided"]
     if upper < -allowed:
-        return False, f"{seen}: a drop beyond the allowed {limit} is shown (at best {_points(upper)} {at})"
+        return False, f"{seen}: more than {limit} is shown (at best {_points(upper)} {at})"
     if lower > -allowed:
-        return True, f"{seen}: a drop beyond the allowed {limit} is ruled out (at worst {_points(lower)} {at})"
+        return True, f"{seen}: {limit} is ruled out (at worst {_points(lower)} {at})"
     if gate.rule == "degradation":
-        return True, f"{seen}: a drop beyond the allowed {limit} is not shown (at best {_points(upper)} {at})"
+        return True, f"{seen}: more than {limit} is not shown (at best {_points(upper)} {at})"
     return False, (
-        f"{seen}: a drop beyond the allowed {limit} is not ruled out (at worst {_points(lower)} {at}); "
-        f"{_remedy(row, allowed, gate.confidence)}"
+        f"{seen}: {limit} is not ruled out (at worst {_points(lower)} {at}); {_remedy(row, allowed, gate.confidence)}"
     )
 
 

@@ -142,4 +142,4 @@ def _brier(log_p: Floats, gold: npt.NDArray[np.int64]) -> Floats:
 def _bits_per_byte(records: Sequence[Record]) -> Floats:
     lls = np.array([record.lls[record.gold] for record in records])
     num_bytes = np.array([record.utf8_bytes[record.gold] for record in records], dtype=np.float64)
-    return np.divide(-lls / math.log(2), num_bytes, out=np.full_like(lls, np.nan), where=num_bytes > 0)
+    return np.asarray(np.divide(-lls / math.log(2), num_bytes, out=np.full_like(lls, np.nan), where=num_bytes > 0))
