@@ -8,7 +8,7 @@ import pytest
 
 from sft.errors import UserError
 from sft.eval.tasks import hellaswag, mmlu
-from sft.eval.tasks.data import load_hellaswag, load_mmlu
+from sft.eval.tasks.data import describe_subjects, load_hellaswag, load_mmlu
 
 LETTERS = "ABCD"
 ROWS = {
@@ -125,7 +125,9 @@ def test_the_hub_wins_over_csv_and_says_so(tmp_path):
     write_hendrycks(tmp_path / "a")
     write_hub_jsonl(tmp_path / "b")
     _, source = load_mmlu(tmp_path)
-    counts = "2 subjects (1 not among MMLU's own, first island_trade), 7 test rows"
+    counts = (
+        "2 subjects (1 not among MMLU's own, first island_trade), 7 test rows; the public release has 57 and 14,042"
+    )
     assert source == f"MMLU from {tmp_path}/b/cais/mmlu (jsonl), not from {tmp_path}/a/data (csv): {counts}"
 
 
@@ -168,7 +170,7 @@ def test_the_rows_own_subject_is_used(tmp_path):
         ("anatomy", 3, 3),
         ("virology", 4, 4),
     ]
-    assert source.endswith("2 subjects, 7 test rows")
+    assert source.endswith(": 2 subjects, 7 test rows; the public release has 57 and 14,042")
     assert "about anatomy." in mmlu.build_items(subjects[0], 0, None)[0].context
 
 
@@ -179,7 +181,7 @@ def test_a_folder_without_subject_column_gives_its_name_even_as_a_dot(tmp_path, 
     monkeypatch.chdir(tmp_path / "anatomy")
     subjects, source = load_mmlu(Path())
     assert [subject.name for subject in subjects] == ["anatomy"]
-    assert source == f"MMLU from {tmp_path} (jsonl): 1 subject, 3 test rows"
+    assert source == f"MMLU from {tmp_path} (jsonl): 1 subject, 3 test rows; the public release has 57 and 14,042"
 
 
 def test_a_subject_that_contradicts_the_folder_is_refused(tmp_path):
@@ -236,7 +238,7 @@ def test_shards_are_read_in_order(tmp_path):
         lines(tmp_path / f"validation-{shard:05d}-of-00003.jsonl", HELLASWAG[shard : shard + 1])
     validation, _, source = load_hellaswag(tmp_path, need_train=False)
     assert [row.label for row in validation] == [0, 1, 2]
-    assert source.endswith(": 3 validation rows")
+    assert source.endswith(": 3 validation rows (the public release has 10,042)")
 
 
 def test_folders_that_cannot_be_read_are_one_line(tmp_path):
@@ -271,7 +273,10 @@ def test_bad_mmlu_rows_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": ""}, "field 'label' is ''; need a number 0 to 3"),
+        ({"label": ""}, "has no label, as in the public test split, .*; use the validation split"),
+        ({"label": None}, "has no label, as in the public test split"),
+        ({"label": "4"}, "field 'label' is '4'; need a number 0 to 3"),
+        ({"label": -1}, "field 'label' is -1; need a number 0 to 3"),
         ({"ctx_b": None}, "field 'ctx_b' is missing; need a text"),
         ({"endings": ["a", "b"]}, r"field 'endings' is \['a', 'b'\]; need 4 texts"),
         ({"ctx_a": "\udfff"}, r"field 'ctx_a' holds '\\udfff'"),
@@ -312,7 +317,7 @@ def test_torn_jsonl_is_named(tmp_path):
     file.write_text(file.read_text()[:-9])
     with pytest.raises(UserError, match=r"anatomy/test.jsonl line 3: not valid JSON"):
         load_mmlu(tmp_path)
-    file.write_text("")
+    file.unlink()
     with pytest.raises(UserError, match=r"MMLU anatomy has dev rows but no test rows"):
         load_mmlu(tmp_path)
 
@@ -353,3 +358,101 @@ def test_missing_data_say_what_is_expected(tmp_path):
         load_mmlu(tmp_path)
     with pytest.raises(UserError, match=r"holds no HellaSwag validation split"):
         load_hellaswag(tmp_path, need_train=False)
+
+
+@pytest.mark.parametrize("write", [write_hub_jsonl, write_hub_parquet, write_hendrycks, write_csv_with_header])
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_an_empty_split_is_named_and_never_left_out(tmp_path, write, split):
+    write(tmp_path)
+    [file] = [path for path in tmp_path.rglob(f"*{split}*.*") if "anatomy" in f"{path.parent.name}/{path.name}"]
+    if file.suffix == ".parquet":
+        parquet_head(file)
+    else:
+        file.write_text("question,A,B,C,D,answer\n" if file.suffix == ".csv" and split == "dev" else "\n")
+    with pytest.raises(UserError, match=rf"{file.name}: no rows; complete the file"):
+        load_mmlu(tmp_path)
+
+
+def parquet_head(file: Path):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(file).slice(0, 0), file)
+
+
+def test_an_empty_hellaswag_split_or_a_missing_one_is_named(tmp_path):
+    lines(tmp_path / "validation.jsonl", HELLASWAG)
+    with pytest.raises(UserError, match=r"has no train split, which --shots.hellaswag above 0 draws from"):
+        load_hellaswag(tmp_path, need_train=True)
+    lines(tmp_path / "train.jsonl", [])
+    with pytest.raises(UserError, match=r"train.jsonl: no rows"):
+        load_hellaswag(tmp_path, need_train=True)
+    assert len(load_hellaswag(tmp_path, need_train=False)[0]) == 5
+    lines(tmp_path / "validation.jsonl", [])
+    with pytest.raises(UserError, match=r"holds no HellaSwag validation split"):
+        load_hellaswag(tmp_path, need_train=False)
+
+
+def test_empty_shards_are_no_empty_split(tmp_path):
+    for shard in range(2):
+        lines(tmp_path / f"validation-{shard:05d}-of-00002.jsonl", HELLASWAG if shard else [])
+    assert len(load_hellaswag(tmp_path, need_train=False)[0]) == 5
+
+
+def test_the_line_says_when_the_set_is_not_the_public_one(tmp_path):
+    lines(tmp_path / "validation.jsonl", HELLASWAG)
+    lines(tmp_path / "train.jsonl", HELLASWAG)
+    line = load_hellaswag(tmp_path, need_train=True)[2]
+    assert line.endswith(
+        ": 5 validation rows (the public release has 10,042), 5 train rows (the public release has 39,905: "
+        "the solved examples, and so the prompts, differ from published ones)"
+    )
+
+
+def test_the_public_sizes_are_told_as_such(tmp_path):
+    rows = [HELLASWAG[0] | {"ctx_a": f"Row {number}."} for number in range(39_905)]
+    parquet(tmp_path / "train.parquet", rows)
+    parquet(tmp_path / "validation.parquet", rows[:10_042])
+    assert load_hellaswag(tmp_path, need_train=True)[2].endswith(": 10,042 validation rows, 39,905 train rows")
+    assert describe_subjects([name for names in mmlu.CATEGORIES.values() for name in names], 14_042) == (
+        "57 subjects, 14,042 test rows"
+    )
+
+
+def repeated(count: int, copies: int):
+    rows = [(f"Question {number}?", ["w", "x", "y", "z"], number % 4) for number in range(count)]
+    return rows + rows[3 : 3 + copies]
+
+
+def test_a_few_duplicate_items_are_told_and_many_refused(tmp_path):
+    file = tmp_path / "us_foreign_policy" / "test.jsonl"
+    lines(file, hub_rows("us_foreign_policy", repeated(98, 2)))
+    line = load_mmlu(tmp_path)[1]
+    assert line.endswith(f"; 2 items stand there twice, first: {file} row 3 and {file} row 98")
+    lines(file, hub_rows("us_foreign_policy", repeated(99, 1)))
+    assert load_mmlu(tmp_path)[1].endswith(f"; 1 item stands there twice: {file} row 3 and {file} row 99")
+    lines(file, hub_rows("us_foreign_policy", repeated(97, 3)))
+    with pytest.raises(UserError, match=r"test.jsonl row 3 and .*test.jsonl row 97: the same item twice, 3 such rows"):
+        load_mmlu(tmp_path)
+
+
+def test_equal_questions_with_other_choices_or_answers_are_no_duplicates(tmp_path):
+    rows = [
+        ("Which?", ["w", "x", "y", "z"], 0),
+        ("Which?", ["w", "x", "y", "z"], 1),
+        ("Which?", ["x", "w", "y", "z"], 0),
+    ]
+    lines(tmp_path / "anatomy" / "test.jsonl", hub_rows("anatomy", rows))
+    assert "twice" not in load_mmlu(tmp_path)[1]
+
+
+def test_duplicates_across_shards_are_found_whatever_their_source(tmp_path):
+    """HellaSwag: what is scored decides, not the row's number or video; train rows may repeat."""
+    for shard in range(2):
+        rows = [row | {"ind": 10 * shard + number, "source_id": f"s{shard}"} for number, row in enumerate(HELLASWAG)]
+        lines(tmp_path / f"validation-{shard:05d}-of-00002.jsonl", rows)
+    with pytest.raises(UserError, match=r"00000-of-00002.jsonl row 0 and .*00001-of-00002.jsonl row 0: the same item"):
+        load_hellaswag(tmp_path, need_train=False)
+    other = tmp_path / "other"
+    lines(other / "validation.jsonl", HELLASWAG)
+    lines(other / "train.jsonl", HELLASWAG * 3)
+    assert len(load_hellaswag(other, need_train=True)[1]) == 15

@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,54 @@ def read_rows(file: Path, head: int | None = None) -> list[dict[str, Any]]:
     with _naming(file):
         if file.suffix == ".parquet":
             return _read_parquet(file, head)
-        return _read_jsonl(file, head) if file.suffix == ".jsonl" else _read_csv(file, head)
+        if file.suffix == ".jsonl":
+            return [row for _, row in islice(iterate_jsonl(file), head)]
+        return _read_csv(file, head)
 
 
-def peek_fields(file: Path) -> set[str]:
-    """Names of the first row's fields; empty for an empty file and for a CSV of some other shape.
+def peek_fields(file: Path) -> set[str] | None:
+    """Names of the first row's fields, none for a CSV of some other shape; None for a file without rows.
 
     Raises:
         UserError: the file is torn; passing over it would silently shorten the benchmark.
     """
     if file.suffix == ".csv":
         with _naming(file):
-            _, first = next(_csv_lines(file, errors="replace", strict=False), (0, []))
+            first = next((cells for _, cells in _csv_lines(file, errors="replace", strict=False) if cells), None)
+        if first is None:
+            return None
         return {"question", "choices", "answer"} if len(first) == len(CSV_COLUMNS) else set()
-    return {field for row in read_rows(file, head=1) for field in row}
+    rows = read_rows(file, head=1)
+    return set(rows[0]) if rows else None
+
+
+def iterate_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank; one object in memory at a time.
+
+    Raises:
+        UserError: the file cannot be read, or a line is torn or no JSON object.
+    """
+    with _naming(file), file.open("rb") as stream:  # bytes end lines at \n only; str.splitlines also cuts at U+2028
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, parse_object(line, f"{file} line {number}")
+
+
+def parse_object(text: bytes, place: str) -> dict[str, Any]:
+    """A JSON object; `place` says in messages where it stands.
+
+    Raises:
+        UserError: it is torn, no object, nested beyond reason, or gives a key twice.
+    """
+    try:
+        row = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise UserError(f"{place}: JSON nested too deeply; correct it") from None
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: got {type(row).__name__}, need a JSON object")
+    return row
 
 
 @contextmanager
@@ -63,26 +98,6 @@ def _read_parquet(file: Path, head: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_jsonl(file: Path, head: int | None) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    with file.open("rb") as stream:  # bytes end lines at \n only; str.splitlines would also cut at U+2028
-        for number, line in enumerate(stream, start=1):
-            if head is not None and len(rows) == head:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, object_pairs_hook=_object)
-            except RecursionError:
-                raise UserError(f"{file} line {number}: JSON nested too deeply; correct the line") from None
-            except ValueError as error:
-                raise UserError(f"{file} line {number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{file} line {number}: got {type(row).__name__}, need one JSON object per line")
-            rows.append(row)
-    return rows
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; json.loads alone would let the last of two equal keys win."""
     row = dict(pairs)
@@ -98,7 +113,7 @@ def _read_csv(file: Path, head: int | None) -> list[dict[str, Any]]:
     for line, cells in _csv_lines(file, errors="strict", strict=True):
         if head is not None and len(rows) == head:
             break
-        is_header = line == 1 and cells and cells[0].lower() == "question" and cells[-1] == "answer"
+        is_header = line == 1 and cells and cells[0].lower() == "question" and cells[-1].lower() == "answer"
         if not cells or is_header:
             continue
         if len(cells) != len(CSV_COLUMNS):

@@ -32,10 +32,12 @@ class SplitFile:
     table: tuple[Path, str, int]
     """Folder, name without the shard's number, number of shards: equal for the shards of one table."""
     shard: int
+    is_empty: bool
+    """Without rows nothing tells what it is a table of: it counts as its neighbours' benchmark."""
 
 
 def find_split_files(data: Path, fields: set[str], splits: Collection[str], by_subject: bool) -> list[SplitFile]:
-    """All tables below `data` that are named after one of the splits and whose rows have the fields, by path.
+    """All tables below `data` that are named after one of the splits and whose rows, if any, have the fields, by path.
 
     Raises:
         UserError: the folder or a file cannot be read.
@@ -43,7 +45,10 @@ def find_split_files(data: Path, fields: set[str], splits: Collection[str], by_s
     found = []
     for path, match in _named_like_splits(data):
         split = "validation" if match["split"] == "val" else match["split"]
-        if split not in splits or not peek_fields(path) >= fields:
+        if split not in splits:
+            continue
+        present = peek_fields(path)
+        if present is not None and not present >= fields:
             continue
         root, subject = path.parent, ""
         if by_subject and match["subject"]:
@@ -52,7 +57,7 @@ def find_split_files(data: Path, fields: set[str], splits: Collection[str], by_s
             root, subject = root.parent, root.name
         stem = path.stem.partition(f"-{match['shard']}-of-")[0]
         table = (path.parent, stem + path.suffix, int(match["shards"] or 0))
-        found.append(SplitFile(path, root, subject, split, table, int(match["shard"] or 0)))
+        found.append(SplitFile(path, root, subject, split, table, int(match["shard"] or 0), present is None))
     return found
 
 
@@ -65,7 +70,11 @@ def choose_copy(files: Sequence[SplitFile], needed: str, name: str, data: Path) 
     groups: dict[tuple[int, Path], list[SplitFile]] = defaultdict(list)
     for file in files:
         groups[SUFFIXES.index(file.path.suffix), file.root].append(file)
-    usable = sorted(key for key, group in groups.items() if any(file.split == needed for file in group))
+    usable = sorted(
+        key
+        for key, group in groups.items()
+        if any(file.split == needed for file in group) and not all(file.is_empty for file in group)
+    )
     if not usable:
         raise UserError(
             f"--data {data}: holds no {name} {needed} split; expected the layout of the Hugging Face hub "
