@@ -34,7 +34,7 @@ class Prompting:
         return " " if self.chat == "none" else ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """One continuation to be scored behind its context; int32 ids, BOS included, not truncated."""
 
@@ -152,6 +152,13 @@ def render_prompts(items: Sequence[Item], tokenizer: Tokenizer, prompting: Promp
         prompts.append(prompt)
         dropped |= without_system
     return prompts, dropped
+
+
+def digest_template(tokenizer: Tokenizer) -> str | None:
+    """sha256 of the tokenizer's chat template; None where it has none."""
+    template = tokenizer.hf.chat_template
+    text = template.get("default") if isinstance(template, dict) else template
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_template(tokenizer: Tokenizer) -> None:

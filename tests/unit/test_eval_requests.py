@@ -105,7 +105,7 @@ def test_a_tokenizer_that_appends_eos_is_refused(tmp_path):
 
     tokenizer = edit(tiny.make_tokenizer(tmp_path / "eos"), append_eos)
     with pytest.raises(UserError, match=r"tokenizer .*/eos: adds </s> after every text.*add_eos_token"):
-        build_requests([ITEM], tokenizer, 100, PLAIN).requests
+        build_requests([ITEM], tokenizer, 100, PLAIN)
 
 
 def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
@@ -115,14 +115,14 @@ def test_a_tokenizer_that_merges_across_the_seam_is_refused(tmp_path):
 
     tokenizer = edit(tiny.make_tokenizer(tmp_path / "merge"), merge_t_and_blank)
     with pytest.raises(UserError, match=r"hellaswag item 7, choice 0: the tokenizer merges the end of the context"):
-        build_requests([ITEM], tokenizer, 100, PLAIN).requests
+        build_requests([ITEM], tokenizer, 100, PLAIN)
 
 
 def test_continuations_that_cannot_be_scored_are_refused(tokenizer):
     with pytest.raises(UserError, match=r"choice 1: 4 tokens to score; need 1 to 3"):
-        build_requests([ITEM], tokenizer, 3, PLAIN).requests
+        build_requests([ITEM], tokenizer, 3, PLAIN)
     with pytest.raises(UserError, match=r"hellaswag item 7: its context is blank"):
-        build_requests([replace(ITEM, question=" \n")], tokenizer, 100, PLAIN).requests
+        build_requests([replace(ITEM, question=" \n")], tokenizer, 100, PLAIN)
 
 
 def test_digest_sees_where_the_continuation_begins():
