@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import Shards, open_shards
+from data_prep.shards import Shards
 from sft.checkpoint import check_identity, list_torn, newest_complete, read_meta
 from sft.config import RunConfig, TrackSection
 from sft.engine import read_strategy
 from sft.errors import UserError
-from sft.model import check_context, read_model_config
+from sft.model import context_length, read_model_config
+from sft.model_shards import open_model_shards
 from sft.order import steps_per_epoch
+from sft.probe_items import ProbeItems, open_probe
 from sft.retention import check_disk
 from sft.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,6 +27,7 @@ class RunInputs:
 
     train: Shards
     heldout: Shards | None
+    probe: ProbeItems | None
     tokenizer: Tokenizer
     strategy: dict[str, Any]
     """The DeepSpeed file."""
@@ -57,10 +60,10 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
     strategy = read_strategy(config.deepspeed)
     model_config = read_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    train = _open_shards("data.train", config.data.train, tokenizer, model_config, config.model.path)
+    train = open_model_shards("data.train", config.data.train, tokenizer, model_config, config.model.path)
     heldout = None
     if config.data.heldout is not None:
-        heldout = _open_shards("data.heldout", config.data.heldout, tokenizer, model_config, config.model.path)
+        heldout = open_model_shards("data.heldout", config.data.heldout, tokenizer, model_config, config.model.path)
     epoch = steps_per_epoch(len(train), config.batch.rows_per_step)
     total = config.train.max_steps or config.train.epochs * epoch
     check_disk(
@@ -74,6 +77,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
     return RunInputs(
         train=train,
         heldout=heldout,
+        probe=open_probe(config.eval.probe, tokenizer, context_length(model_config) or train.manifest["seq_len"]),
         tokenizer=tokenizer,
         strategy=strategy,
         model_config=model_config,
@@ -141,37 +145,6 @@ def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
         f"tokens per step {rows} packs x {tokens:,.0f} = {per_step}",
         f"steps           {packs:,} packs / {rows} = {epoch:,} per epoch, {total:,} in all",
     ]
-
-
-def _open_shards(
-    option: str, folder: str, tokenizer: Tokenizer, model_config: dict[str, Any], model_path: str
-) -> Shards:
-    shards = open_shards(folder)
-    made_with = shards.manifest["tokenizer"]
-    if made_with["digest"] != tokenizer.digest and not _same_ids(made_with, tokenizer):
-        raise UserError(
-            f"{option} {folder}: was prepared with another tokenizer ({made_with['path']}) than {model_path} has; "
-            f"prepare it again with --tokenizer {model_path}"
-        )
-    if made_with["vocab_size"] > model_config["vocab_size"]:
-        raise UserError(
-            f"{option} {folder}: ids reach {made_with['vocab_size'] - 1}, but {model_path} has "
-            f"{model_config['vocab_size']} embedding rows; use the model's own tokenizer"
-        )
-    longest = max(shards.manifest["seq_len"], 1)
-    check_context(model_config, model_path, longest)
-    return shards
-
-
-def _same_ids(made_with: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer with other file bytes is still the same one: equal ids for the manifest's probe strings."""
-    if (made_with["vocab_size"], made_with["bos_id"], made_with["eos_id"]) != (
-        tokenizer.vocab_size,
-        tokenizer.bos[0] if tokenizer.bos else None,
-        tokenizer.eos_id,
-    ):
-        return False
-    return all(tokenizer.encode(probe["text"]) == probe["ids"] for probe in made_with["probe"])
 
 
 def _check_trackers(track: TrackSection) -> None:

@@ -82,19 +82,11 @@ def read_model_config(folder: str) -> dict[str, Any]:
     return config
 
 
-def check_context(config: dict[str, Any], folder: str, seq_len: int) -> None:
-    """Refuse packs whose documents may be longer than what the model attends to.
-
-    Raises:
-        UserError: seq_len exceeds max_position_embeddings or an active sliding window.
-    """
-    context = config.get("max_position_embeddings") or seq_len
+def context_length(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest document that the model attends to as a whole; None where config.json does not say."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    limit = min(context, window or context)
-    if seq_len > limit:
-        raise UserError(
-            f"data.train: packs of {seq_len} tokens, but {folder} attends to {limit}; prepare with --seq_len {limit}"
-        )
+    limits = [limit for limit in (config.get("max_position_embeddings"), window) if limit]
+    return min(limits, default=None)
 
 
 def load_model(folder: str, *, dtype: torch.dtype, attention: str, checkpointing: bool, liger: bool) -> PackedCausalLM:

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from sft.errors import UserError
 from sft.hf_folder import _plan_files, _write_config, _write_generation_config, export_checkpoint, prove_export
-from sft.inputs import _same_ids
+from sft.model_shards import same_ids
 from sft.tokenizer import load_tokenizer
 from tests.tiny import SHARED
 
@@ -142,9 +142,9 @@ def test_an_existing_folder_is_not_replaced(tmp_path):
 def test_a_tokenizer_with_other_bytes_but_equal_ids_is_the_same(base_model):
     tokenizer = load_tokenizer(base_model)
     made_with = {"vocab_size": 259, "bos_id": 1, "eos_id": 2, "probe": [{"text": "ab", "ids": [100, 101]}]}
-    assert _same_ids(made_with, tokenizer)
-    assert not _same_ids({**made_with, "probe": [{"text": "ab", "ids": [101, 100]}]}, tokenizer)
-    assert not _same_ids({**made_with, "bos_id": None}, tokenizer)
+    assert same_ids(made_with, tokenizer)
+    assert not same_ids({**made_with, "probe": [{"text": "ab", "ids": [101, 100]}]}, tokenizer)
+    assert not same_ids({**made_with, "bos_id": None}, tokenizer)
 
 
 def test_a_chat_templates_stop_token_comes_before_eos(tmp_path, base_model):
