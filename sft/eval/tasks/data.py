@@ -91,9 +91,9 @@ def load_hellaswag(data: Path, need_train: bool) -> tuple[list[HellaswagRow], li
         ]
     )
     validation, train = ([row for _, row in placed.get(split, [])] for split in ("validation", "train"))
-    counts = _describe_count(len(validation), "validation")
+    counts = describe_rows(len(validation), "validation")
     if need_train:
-        counts += f", {_describe_count(len(train), 'train')}"
+        counts += f", {describe_rows(len(train), 'train')}"
     return validation, train, f"{source}: {counts}{_describe_duplicates([duplicates])}"
 
 
@@ -111,7 +111,8 @@ def _describe_subjects(subjects: Sequence[MmluSubject]) -> str:
     return describe_subjects([subject.name for subject in subjects], sum(len(subject.test) for subject in subjects))
 
 
-def _describe_count(count: int, split: str) -> str:
+def describe_rows(count: int, split: str) -> str:
+    """How many rows a split of HellaSwag has, and how many the public release has where that differs."""
     line, public = f"{count:,} {split} rows", HELLASWAG_ROWS[split]
     if count == public:
         return line

@@ -58,6 +58,16 @@ def iterate_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, parse_object(line, f"{file} line {number}")
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a whole file is.
+
+    Raises:
+        UserError: the file cannot be read, is torn, or holds something else.
+    """
+    with _naming(file):
+        return parse_object(file.read_bytes(), str(file))
+
+
 def parse_object(text: bytes, place: str) -> dict[str, Any]:
     """A JSON object; `place` says in messages where it stands.
 
