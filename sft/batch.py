@@ -16,7 +16,7 @@ Shape legend: T tokens of the micro-batch, N targets, S data sources, 1 the batc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,28 @@ def build(
         targets_N=to_device(labels[target_positions], device),
         source_N=to_device(source_of_token[target_positions].astype(np.int64), device),
         num_sources=num_sources,
+    )
+
+
+def build_scored(documents: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], device: torch.device) -> MicroBatch:
+    """Flatten inputs behind which continuations are scored; int ids. Several may share an input: it is computed once.
+
+    A continuation's last token is predicted by its input's last one: all but that token stand in the input. Each
+    continuation is a source of its own, numbered through in order. No document: one token that weighs nothing.
+    """
+    filler = (np.zeros(1, np.int64), ())
+    inputs = [(ids, np.full(len(ids), IGNORE)) for ids, _ in documents or [filler]]
+    ends = np.cumsum([len(ids) for ids, _ in inputs])
+    scored = [(end, ids) for end, (_, parts) in zip(ends, documents, strict=False) for ids in parts]
+    predict = [np.arange(end - len(ids), end) for end, ids in scored]
+    sources = [np.full(len(ids), number) for number, (_, ids) in enumerate(scored)]
+    nothing = np.zeros(0, np.int64)
+    return replace(
+        build(inputs, device),
+        predict_N=to_device(np.concatenate([nothing, *predict]), device),
+        targets_N=to_device(np.concatenate([nothing, *(ids.astype(np.int64) for _, ids in scored)]), device),
+        source_N=to_device(np.concatenate([nothing, *sources]), device),
+        num_sources=max(1, len(scored)),
     )
 
 

@@ -259,9 +259,36 @@ class GuardSection(Section):
     """A rank that lives but does not get on with a forward, update or save for this long stops the run."""
 
 
+class ProbeShotsSection(Section):
+    mmlu: Annotated[int, Field(ge=0, le=5)] = 5
+    """Solved examples before each MMLU question."""
+    hellaswag: Annotated[int, Field(ge=0)] = 0
+    """Solved examples before each HellaSwag item."""
+
+
+class ProbeSection(Section):
+    data: str | None = None
+    """Folder that holds MMLU and HellaSwag, as for `sft eval`: a fixed part of them is asked before the first step and
+    while training goes on; null: no probe."""
+    tasks: Annotated[list[Literal["mmlu", "hellaswag"]], BeforeValidator(split_commas), Field(min_length=1)] = [
+        "mmlu",
+        "hellaswag",
+    ]
+    """Tasks, separated by commas."""
+    shots: ProbeShotsSection = ProbeShotsSection()
+    items: PositiveInt = 200
+    """Items of each task, spread evenly over all it has; 200 show a drop from about 5 points on."""
+    every: PositiveInt = 500
+    """Optimizer steps between two probes (and at the last step)."""
+    max_drop: Fraction | None = None
+    """Save and stop, with exit code 3, once a task is shown to have dropped by more than this since the base model
+    (0.02 = two points; one-sided 95 %); null: only measure."""
+
+
 class EvalSection(Section):
     every: PositiveInt = 500
     """Optimizer steps between measurements of the held-out loss (and at the last step)."""
+    probe: ProbeSection = ProbeSection()
 
 
 class TrackSection(Section):
@@ -301,6 +328,10 @@ class RunConfig(Section):
             )
         if self.schedule.cycles > 1 and self.schedule.name != "cosine_restarts":
             raise ValueError(f"schedule.cycles {self.schedule.cycles} needs schedule.name cosine_restarts")
+        if self.eval.probe.max_drop is not None and self.eval.probe.data is None:
+            raise ValueError(
+                f"eval.probe.max_drop {self.eval.probe.max_drop} needs eval.probe.data: where MMLU and HellaSwag are"
+            )
         return self
 
 

@@ -58,7 +58,7 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         print(end="", flush=True)  # a reader that left shows here at the latest, not when Python has ended
     except tuple(EXIT_CODES) as error:
         code, word = next(ending for kind, ending in EXIT_CODES.items() if isinstance(error, kind))
-        _say(f"{word}: {error}", agreed=isinstance(error, GuardStop | Preempted))
+        _say(f"{word}: {error}", agreed=isinstance(error, GateFailed | GuardStop | Preempted))
         return code
     except BrokenPipeError:  # the reader left, as in `sft show runs/x | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

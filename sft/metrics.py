@@ -15,13 +15,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sft.config import RunConfig, TrackSection
-from sft.errors import GuardStop, Preempted, RankLost, UserError
+from sft.errors import GateFailed, GuardStop, Preempted, RankLost, UserError
 from sft.settings import redact
 
 PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 """Dense bf16 peak of one GPU in FLOP/s, from the vendors' data sheets; the SXM variant where there are several."""
 
-ENDINGS: dict[type[BaseException], str] = {Preempted: "preempt", GuardStop: "guard_stop", RankLost: "rank_lost"}
+ENDINGS: dict[type[BaseException], str] = {
+    Preempted: "preempt",
+    GateFailed: "gate_failed",
+    GuardStop: "guard_stop",
+    RankLost: "rank_lost",
+}
 """Events of the endings that are no mistake and no crash; those are the event `error`."""
 END_EVENTS = {*ENDINGS.values(), "error", "finish", "stop", "export", "unseen_end"}
 
@@ -214,7 +219,9 @@ def _number(value: Any) -> float:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).partition("\n")[0]
-    return text if isinstance(error, UserError | Preempted | GuardStop) else f"{type(error).__name__}: {text}"
+    return (
+        text if isinstance(error, UserError | Preempted | GateFailed | GuardStop) else f"{type(error).__name__}: {text}"
+    )
 
 
 def _flat_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

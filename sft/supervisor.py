@@ -38,6 +38,7 @@ EXIT_OF_EVENT = {
     "stop": 0,
     "export": 0,
     "error": 1,
+    "gate_failed": EXIT_GATE_FAILED,
     "guard_stop": EXIT_GUARD,
     "rank_lost": EXIT_RANK_LOST,
     "preempt": EXIT_PREEMPTED,
@@ -172,7 +173,7 @@ def exit_code(launcher: int, events: Sequence[str], all_events: Sequence[str]) -
         return launcher
     ending = next((EXIT_OF_EVENT[kind] for kind in reversed(events) if kind in EXIT_OF_EVENT), None)
     if launcher == 1:  # a crash; or launch.py got a signal itself
-        return ending if ending in (EXIT_GUARD, EXIT_PREEMPTED) else 1
+        return ending if ending in (EXIT_GATE_FAILED, EXIT_GUARD, EXIT_PREEMPTED) else 1
     if ending in OF_THE_RANKS:
         return ending
     if launcher == 0:

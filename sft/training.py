@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from sft import checkpoint, resume, rollback
+from sft import checkpoint, probe, resume, rollback
 from sft.config import RunConfig
 from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
-from sft.errors import GuardStop, Preempted
+from sft.errors import GateFailed, GuardStop, Preempted
 from sft.guard import Guard, Spike
 from sft.hf_folder import prove_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs
@@ -71,10 +71,12 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
 def train(run: Run, newest: Path | None) -> None:
     """From the base model, or the checkpoint `newest`, to the last step, or until the run is asked to stop."""
     config, inputs, recorder = run.config, run.inputs, run.recorder
+    base = probe.measure_base(run, newest)
     step = start_from(run, newest)
+    drift = probe.look(run, base, step)
     guard = Guard(config.guard, inputs.steps_per_epoch, resume.on_first_rank(recorder.history))
     passed_over = rollback.passed_over(run.out, run.identity)
-    while step < inputs.last_step and run.stop.reason is None:
+    while step < inputs.last_step and run.stop.reason is None and drift.over_budget is None:
         metrics = train_step(run, step, passed_over.get(step + 1))
         if metrics is None:
             break
@@ -82,16 +84,17 @@ def train(run: Run, newest: Path | None) -> None:
         saving = step == inputs.last_step or step % config.checkpoint.every == 0
         if inputs.heldout is not None and (saving or step % config.eval.every == 0):
             metrics["heldout_loss"] = heldout_loss(run, step)
-        recorder.metrics(metrics)
+        drift = probe.look(run, base, step)
+        recorder.metrics(metrics | drift.metrics)
         spike = judge(run, guard, metrics)
         if spike is not None and (earlier := undo(run, spike)) is not None:
-            step = earlier
+            step, drift = earlier, probe.NOT_DUE
             guard.forget_after(step)
             passed_over = rollback.passed_over(run.out, run.identity)
         elif saving:
             run.watch.mark("saving", step, SLOW_LIMIT_S)
             run.saver.begin(step, metrics.get("heldout_loss"))
-    leave(run, step)
+    leave(run, step, drift.over_budget)
 
 
 def start_up(
@@ -189,10 +192,11 @@ def judge(run: Run, guard: Guard, metrics: dict[str, Any]) -> Spike | None:
         raise
 
 
-def leave(run: Run, step: int) -> None:
+def leave(run: Run, step: int, over_budget: str | None) -> None:
     """Save what is not saved yet, and record why the run ends here.
 
     Raises:
+        GateFailed: the drift budget is exceeded.
         Preempted: it was asked to stop before its last step.
     """
     run.watch.mark("saving", step, SLOW_LIMIT_S)
@@ -200,6 +204,12 @@ def leave(run: Run, step: int) -> None:
         run.saver.begin(step, None)
     run.saver.finish()
     run.stop.close()
+    if over_budget is not None:
+        rest = "raise it to go on" if step < run.inputs.total_steps else "run again to export the model all the same"
+        raise GateFailed(
+            f"probe after step {step}: {over_budget}; the step is saved: {rest}, or begin anew with less drift (a "
+            "lower optim.lr, replay data)"
+        )
     if step < run.inputs.last_step:
         saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
         raise Preempted(f"{run.stop.reason}; {saved}; run the same command again to go on")
