@@ -38,7 +38,7 @@ def compare_scores(base: Sequence[Record], tuned: Sequence[Record], metric: str)
     before, after = margins(base, metric), margins(tuned, metric)
     usable = np.isfinite(before) & np.isfinite(after)
     return {
-        "margin": describe_shift((after - before)[usable], clusters[usable]) if usable.any() else None,
+        "margin": describe_shift(after[usable] - before[usable], clusters[usable]) if usable.any() else None,
         "p_gold": describe_shift(_at(np.exp(log_q), gold) - _at(np.exp(log_p), gold), clusters),
         "brier": describe_shift(_brier(log_q, gold) - _brier(log_p, gold), clusters),
         "bits_per_byte": (
