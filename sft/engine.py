@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
 from sft.optim import build_optimizer
 from sft.ports import free_port
-from sft.pretrained import choose_dtype
+from sft.pretrained import choose_dtype, load_causal_lm
 from sft.zero_state import flat_tensors
 
 OWNED_KEYS = (
@@ -103,8 +103,7 @@ def start_distributed() -> torch.device:
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl", timeout=GROUP_TIMEOUT, verbose=False)
         return device
-    # the shared-memory op would be compiled on first use; a build that is killed leaves a lock that hangs later starts
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _without_shm_op()
     deepspeed.init_distributed("gloo", timeout=GROUP_TIMEOUT, verbose=False)
     return torch.device("cpu")
 
@@ -144,6 +143,29 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
         name for name, buffer in engine.module.named_buffers() if "inv_freq" in name and buffer.dtype != torch.float32
     ]
     assert not wrong, f"rotary frequencies must stay fp32, got {wrong}"
+    return engine
+
+
+def partition_for_inference(folder: str, *, dtype: torch.dtype, attention: str) -> deepspeed.DeepSpeedEngine:
+    """A transformers causal LM whose weights are spread over the ranks of the group that has been joined.
+
+    Its `module` is called like any other, by all ranks equally often: every layer is gathered for each forward.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _without_shm_op()
+    deepspeed.init_distributed(verbose=False)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3},
+        "steps_per_print": 10**9,
+    }
+    alive = HfDeepSpeedConfig(settings)
+    model = load_causal_lm(folder, dtype=dtype, attention=attention)
+    del alive
+    unset_hf_deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
     return engine
 
 
@@ -200,6 +222,11 @@ def _load(config: RunConfig, settings: dict[str, Any], numerics: Numerics) -> Pa
         assert not whole, f"not partitioned on load: {whole[:3]}"
         return model
     return model.to(numerics.device)
+
+
+def _without_shm_op() -> None:
+    """It would be compiled on first use; a build that is killed leaves a lock that hangs later starts."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _find_strategy(name: str) -> Path:

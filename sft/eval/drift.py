@@ -3,66 +3,142 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from sft.errors import GateFailed, UserError, run_command
+from sft.eval.answers import Prompt, load_prompts
+from sft.eval.compare import Side, compare
+from sft.eval.earlier import check_same_items, kind_of
+from sft.eval.examine import Examined, examine, read_earlier
 from sft.eval.options import DriftConfig
-from sft.eval.ranks import join_ranks, read_place
-from sft.eval.report import compare, gate_line, to_markdown, to_table
-from sft.eval.results import RESULT_FILES, make_folder, write_atomically, write_results
-from sft.eval.run import Scored, check_comparable, describe_truncation, load_items, prepare, score_prepared
+from sft.eval.page import to_html
+from sft.eval.plots import write_plots
+from sft.eval.ranks import Ranks, join_ranks
+from sft.eval.report import gate_line, models_table, to_markdown, to_table
+from sft.eval.results import make_folder, write_atomically
+from sft.eval.run import Prepared, check_comparable, check_reusable, load_items, prepare, tell
 from sft.settings import load
 
-REPORT_FILES = ("drift.json", "drift.md")
-"""drift.json vouches for all the rest: written last, removed first."""
 LOG_WIDTH = 100
 """Columns of the table where there is no terminal, whose width would be known."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Score both models, write <out>/{base,tuned}/, <out>/drift.json and <out>/drift.md, then apply the gate.
+    """Score the models that are not scored yet, write the report, then apply the gate.
+
+    <out>/base/ and <out>/tuned/ (tuned-2/, … for further models) hold scores, <out>/drift.* the report.
 
     Raises:
         UserError: options, data or a model cannot be used, or the models cannot be compared.
-        GateFailed: a task's headline accuracy dropped by more than --gate.max_drop.
+        GateFailed: the first tuned model does not pass the gate.
     """
     options = load(DriftConfig, argv, prog="sft drift")
-    if read_place()[0] == 0:
-        make_folder(Path(options.out), REPORT_FILES)
-        for side in ("base", "tuned"):
-            make_folder(Path(options.out) / side, RESULT_FILES)
-    items, sources = load_items(options)
-    base, tuned = prepare(options.base, items), prepare(options.tuned, items)
-    check_comparable(base, tuned)
-    with join_ranks() as ranks:
-        if ranks.rank == 0:
-            lines = [*sources.values(), *describe_truncation(base)]  # the tuned model's requests are the same
-            Console().print("\n".join(lines), markup=False, soft_wrap=True)
-        scored_base = score_prepared(base, options, ranks, sources)
-        scored_tuned = score_prepared(tuned, options, ranks, sources)
-        if ranks.rank == 0:
-            _report(options, scored_base, scored_tuned)
-
-
-def _report(options: DriftConfig, base: Scored, tuned: Scored) -> None:
     out = Path(options.out)
-    report = compare(base, tuned, options.gate.max_drop)
+    with join_ranks() as ranks:
+        prompts = load_prompts(options.answers)
+        sides = _open_sides(options, ranks)
+        examined = [
+            read_earlier(Path(side.folder), options.tasks, ranks)
+            if side.prepared is None
+            else examine(side.prepared, options, prompts, ranks, out / side.place, noise=side is sides[0])
+            for side in sides
+        ]
+        if ranks.rank == 0:
+            report = _compare(sides, examined, options, prompts)
+            _write(out, report)
+            _show(out, report)
+            if report["gate"]["failed"]:
+                raise GateFailed("; ".join(report["gate"]["failed"]))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One side, before anything is scored."""
+
+    folder: str
+    place: str
+    """Where below --out its scores go."""
+    prepared: Prepared | None
+    """None where it was scored before."""
+
+
+def _open_sides(options: DriftConfig, ranks: Ranks) -> list[_Opened]:
+    """Base first. No model is loaded before all sides are known to be usable and comparable. Collective.
+
+    Raises:
+        UserError: a side is none of the three kinds, lacks something, or would be asked other things than the base.
+    """
+    if twice := [folder for index, folder in enumerate(options.tuned) if folder in options.tuned[:index]]:
+        raise UserError(f"--tuned: {twice[0]} is given twice; name each model once")
+    folders = {"base": options.base, "tuned": options.tuned[0]}
+    folders |= {f"tuned-{number}": folder for number, folder in enumerate(options.tuned[1:], start=2)}
+    is_model = {place: kind_of(Path(folder)) == "model" for place, folder in folders.items()}
+    ranks.on_first(lambda: make_folder(Path(options.out)))
+    if not any(is_model.values()):
+        return [_Opened(folder, place, None) for place, folder in folders.items()]
+    if options.data is None:
+        raise UserError("--data is missing: give the folder that holds MMLU and HellaSwag")
+    questions = ranks.on_first(lambda: load_items(options))
+    prepared = {
+        place: prepare(folder, questions, options, ranks) for place, folder in folders.items() if is_model[place]
+    }
+    first, *others = prepared.values()
+    for other in others:
+        check_comparable(first, other)
+    ranks.on_first(lambda: check_reusable({Path(options.out) / place: one for place, one in prepared.items()}))
+    return [_Opened(folder, place, prepared.get(place)) for place, folder in folders.items()]
+
+
+def _compare(
+    sides: Sequence[_Opened], examined: Sequence[Examined], options: DriftConfig, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    names = _short_names([side.folder for side in sides])
+    base, *tuned = [Side(name, one.scored, one.heldout_loss) for name, one in zip(names, examined, strict=True)]
+    tuned = [replace(side, scored=check_same_items(base.scored, side.scored, base.name, side.name)) for side in tuned]
+    before, after = examined[0].answers, examined[1].answers
+    answers = None
+    if before is not None and after is not None:
+        answers = [
+            {"prompt": prompt.shown, "base": one, "tuned": other}
+            for prompt, one, other in zip(prompts, before, after, strict=True)
+        ]
+    return compare(base, tuned, options.gate, examined[0].noise, answers)
+
+
+def _short_names(folders: Sequence[str]) -> list[str]:
+    """The last part of each path that tells them apart: `step-100/export` and `step-200/export`."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(set(map(tuple, parts))):
+            break
+    return names
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """The pages, the plots and, last, drift.json, which vouches for them."""
     try:
-        write_results(out / "base", base.header, base.records)
-        write_results(out / "tuned", tuned.header, tuned.records)
+        (out / "drift.json").unlink(missing_ok=True)
         write_atomically(out / "drift.md", to_markdown(report))
+        write_atomically(out / "drift.html", to_html(report))
+        write_plots(report, out)
         write_atomically(out / "drift.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
+
+
+def _show(out: Path, report: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     console.print(to_table(report))
-    console.print(f"{gate_line(report)}\nreport: {out / 'drift.md'}", markup=False, soft_wrap=True)
-    if report["gate"]["failed"]:
-        raise GateFailed("; ".join(report["gate"]["failed"]))
+    if len(report["models"]) > 2:
+        console.print(models_table(report))
+    tell([gate_line(report), f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
 
 
 if __name__ == "__main__":

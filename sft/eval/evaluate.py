@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sft.eval.options import EvalConfig
-from sft.eval.ranks import join_ranks, read_place
-from sft.eval.results import RESULT_FILES, make_folder, write_results
-from sft.eval.run import describe_truncation, load_items, prepare, score_prepared
+from sft.eval.power import describe_power
+from sft.eval.ranks import read_place
+from sft.eval.results import summarize
+from sft.eval.run import score_model, tell
 from sft.settings import load
+
+FLIP_RATES = (0.02, 0.10)
+"""Shares of answers that a gentle and a rough fine-tuning change."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,28 +25,22 @@ def main(argv: Sequence[str]) -> None:
         UserError: options, data, model or tokenizer cannot be used.
     """
     options = load(EvalConfig, argv, prog="sft eval")
-    console = Console()
-    if read_place()[0] == 0:
-        make_folder(Path(options.out), RESULT_FILES)
-    items, sources = load_items(options)
-    with join_ranks() as ranks:
-        prepared = prepare(options.model, items)
-        if ranks.rank == 0:
-            lines = [*sources.values(), *describe_truncation(prepared)]
-            console.print("\n".join(lines), markup=False, soft_wrap=True)
-        scored = score_prepared(prepared, options, ranks, sources)
-        if ranks.rank == 0:
-            results = write_results(Path(options.out), scored.header, scored.records)
-            console.print(_table(results["tasks"]))
-            console.print(f"results: {Path(options.out) / 'results.json'}", markup=False, soft_wrap=True)
+    scored = score_model(options.model, options)
+    if read_place()[0] != 0:
+        return
+    Console().print(_table({task: summarize(task, records) for task, records in scored.records.items()}))
+    if options.limit is not None:
+        fewest = min(len(records) for records in scored.records.values())
+        tell(describe_power(fewest, FLIP_RATES))
+    tell([f"results: {Path(options.out) / 'results.json'}"])
 
 
-def _table(tasks: dict[str, dict[str, float]]) -> Table:
+def _table(tasks: dict[str, dict[str, Any]]) -> Table:
     table = Table("task", "n", "metric", "%", "standard error")
     for task, result in tasks.items():
         for suffix in ("", "_norm"):
             if f"acc{suffix}" in result:
                 error = result[f"stderr{suffix}"]
                 shown = "–" if error is None else f"{100 * error:.2f}"
-                table.add_row(task, str(result["n"]), f"acc{suffix}", f"{100 * result[f'acc{suffix}']:.2f}", shown)
+                table.add_row(task, f"{result['n']:,}", f"acc{suffix}", f"{100 * result[f'acc{suffix}']:.2f}", shown)
     return table

@@ -1,23 +1,49 @@
-"""Replicas that share the scoring: a launcher starts them, each holds the whole model."""
+"""Ranks that share the scoring: a launcher starts them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sft.errors import UserError
 
+TIMEOUT = timedelta(hours=2)
+"""One rank may read its weights, or finish its last bins, long before another."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its replicas."""
+    """This process among its peers."""
 
     rank: int
     world: int
     device: torch.device
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's value, on all of them. Collective."""
+        if self.world == 1:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, device=self.device)
+        return holder[0]
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first rank, given to all; its UserError is raised on all. Collective."""
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.rank == 0:
+            try:
+                outcome = work(), None
+            except UserError as error:
+                outcome = None, str(error)
+        value, problem = self.from_first(outcome)
+        if problem is not None:
+            raise UserError(problem)
+        return value
 
 
 def read_place() -> tuple[int, int]:
@@ -43,27 +69,8 @@ def join_ranks() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(rank, world, device)
     finally:
         dist.destroy_process_group()
-
-
-def merge(sums: torch.Tensor, written: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Add up what the ranks scored: float64 [requests], zero where another rank writes.
-
-    Args:
-        sums: this rank's scores.
-        written: how often this rank wrote each of them, same shape.
-
-    Raises:
-        RuntimeError: a score was not written exactly once; the sharding is wrong.
-    """
-    both = torch.stack([sums, written]).to(ranks.device)
-    if ranks.world > 1:
-        dist.all_reduce(both)
-    both = both.cpu()
-    if not bool((both[1] == 1).all()):
-        raise RuntimeError(f"{int((both[1] != 1).sum())} of {len(sums)} requests were not scored exactly once")
-    return both[0]

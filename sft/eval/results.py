@@ -19,8 +19,6 @@ from sft.eval.tasks.mmlu import category_of
 
 HEADLINE = {"mmlu": "acc", "hellaswag": "acc_norm"}
 """The metric of each task that papers quote, and that the gate looks at."""
-RESULT_FILES = ("results.json", *(f"items-{task}.jsonl" for task in HEADLINE))
-"""All that a scored model may leave; results.json vouches for the records beside it: written last, removed first."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +123,8 @@ def _make_record(item: Item, prompt: str, lls: np.ndarray, greedy: np.ndarray, s
         greedy=tuple(bool(flag) for flag in greedy),
         chars=chars,
         utf8_bytes=tuple(len(text.encode()) for text in item.choices),
-        gap=best - second,
-        near_tie=best - second <= (width / chars[pred_norm] if is_norm and chars[pred_norm] else width),
+        gap=float(best - second),
+        near_tie=bool(best - second <= (width / chars[pred_norm] if is_norm and chars[pred_norm] else width)),
     )
 
 
@@ -170,7 +168,7 @@ def write_results(out: Path, header: dict[str, Any], records: dict[str, list[Rec
     """
     tasks = {task: summarize(task, group) | header["tasks"][task] for task, group in records.items()}
     results = {"header": {key: value for key, value in header.items() if key != "tasks"}, "tasks": tasks}
-    make_folder(out, RESULT_FILES)
+    make_folder(out)
     try:
         for task, group in records.items():
             lines = [json.dumps(asdict(record)) + "\n" for record in group]
@@ -181,27 +179,19 @@ def write_results(out: Path, header: dict[str, Any], records: dict[str, list[Rec
     return results
 
 
-def make_folder(out: Path, names: Sequence[str]) -> None:
-    """Create a folder, remove the files of these names that an earlier run left, and prove that it can be written.
-
-    Called before the scoring too: hours of it are not lost to a typo, and a run that fails leaves no older results.
+def make_folder(out: Path) -> None:
+    """Create a folder, and prove that it can be written: hours of scoring are not lost to a typo.
 
     Raises:
-        UserError: the folder cannot be created or written, or one of the names is taken by a folder.
+        UserError: the folder cannot be created or written.
     """
+    probe = out / ".write-test"
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be created: {error.strerror or error}; choose another folder") from None
-    probe = out / ".write-test"
-    path = probe
-    try:
         probe.write_text("")
         probe.unlink()
-        for path in [out / name for name in names]:
-            path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}; choose another folder") from None
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
 
 
 def write_atomically(path: Path, text: str) -> None:

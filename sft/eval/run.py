@@ -1,29 +1,46 @@
-"""From options and a model folder to records: what `sft eval` and `sft drift` share."""
+"""From options and a model folder to records on disk: what `sft eval` and `sft drift` share."""
 
-import gc
-import hashlib
-import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-import sft
 from sft.errors import UserError
-from sft.eval import score
-from sft.eval.options import ScoreOptions
+from sft.eval import earlier, weights
+from sft.eval.finished import (
+    FOLDER,
+    IDENTITY,
+    Kept,
+    check_same,
+    close_unfinished,
+    open_unfinished,
+    read_identity,
+)
+from sft.eval.header import describe_setting, identity
+from sft.eval.ids_cache import read_or_build
+from sft.eval.options import ScoreOptions, ShotsSection
 from sft.eval.ranks import Ranks, join_ranks
-from sft.eval.requests import Request, build_requests, count_truncated, digest_requests
-from sft.eval.results import Record, make_records
+from sft.eval.requests import Prompting, Request, TokenRequests, count_truncated, digest_requests
+from sft.eval.results import Asked, Record, Scored, make_folder, make_records, write_results
+from sft.eval.score import check_vocabulary, compare_engines, score_requests, why_not_packed
 from sft.eval.tasks import data, hellaswag, mmlu
 from sft.eval.tasks.item import NUM_CHOICES, Item, digest_items
-from sft.pretrained import choose_dtype
+from sft.eval.tree import Bin, distinct_rows, plan_packed, plan_plain
 from sft.tokenizer import Tokenizer, load_tokenizer
 
-PARITY_WITH = "lm_eval 0.4.13"
+SIGNIFICAND_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The items of every task, and for each a line that says which files they came from."""
+
+    items: dict[str, list[Item]]
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -32,21 +49,28 @@ class Prepared:
 
     folder: str
     tokenizer: Tokenizer
+    config: Any
     max_length: int
-    items: dict[str, list[Item]]
-    requests: dict[str, list[Request]]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Records of every task, and what they depend on."""
-
+    questions: Questions
+    asked: dict[str, TokenRequests]
     header: dict[str, Any]
-    records: dict[str, list[Record]]
+    """What the scores depend on; see sft.eval.header."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        dtype = getattr(torch, self.header["dtype"])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def is_partitioned(self) -> bool:
+        """The weights are spread over the ranks, which run their forwards together."""
+        return bool(self.header["placement"] == "zero3")
 
 
-def load_items(options: ScoreOptions) -> tuple[dict[str, list[Item]], dict[str, str]]:
-    """Items of every task, and for each a line that says which files they came from.
+def load_items(options: ScoreOptions) -> Questions:
+    """What is asked.
 
     Raises:
         UserError: data are missing, malformed, or too few for the shots.
@@ -59,88 +83,244 @@ def load_items(options: ScoreOptions) -> tuple[dict[str, list[Item]], dict[str, 
             built = [mmlu.build_items(subject, options.shots.mmlu, options.limit) for subject in subjects]
             items[task] = [item for group in built for item in group]
         else:
-            shots = options.shots.hellaswag
-            validation, train, source = data.load_hellaswag(Path(options.data), need_train=shots > 0)
-            items[task] = hellaswag.build_items(validation, train, shots, options.limit)
+            shots = options.shots
+            validation, train, source = data.load_hellaswag(Path(options.data), need_train=shots.hellaswag > 0)
+            items[task] = hellaswag.build_items(
+                validation,
+                train,
+                shots.hellaswag,
+                options.limit,
+                draw=shots.hellaswag_draw,
+                world=shots.hellaswag_world,
+            )
         sources[task] = source
-    return items, sources
+    return Questions(items, sources)
 
 
-def prepare(folder: str, items: dict[str, list[Item]]) -> Prepared:
-    """Tokenise the items for a model.
+def prepare(folder: str, questions: Questions, options: ScoreOptions, ranks: Ranks) -> Prepared:
+    """Tokenise the items for a model, and say what its scores will depend on. Collective.
 
     Raises:
         UserError: config or tokenizer are missing, or the tokenizer cannot be scored.
     """
-    config = score.read_config(folder)  # first: the tokenizer's loader reads it too, and would be blamed for it
+    config = weights.read_config(folder)  # first: the tokenizer's loader reads it too, and would be blamed for it
     tokenizer = load_tokenizer(folder)
-    max_length = score.read_max_length(config, tokenizer.hf)
-    requests = {task: build_requests(group, tokenizer, max_length) for task, group in items.items()}
-    return Prepared(folder, tokenizer, max_length, items, requests)
+    max_length = weights.read_max_length(config, tokenizer.hf)
+    ranks.on_first(lambda: _tokenise(questions, tokenizer, max_length, options))  # the others find the ids in the cache
+    asked = _tokenise(questions, tokenizer, max_length, options)
+    digest = ranks.on_first(lambda: weights.digest_weights(folder))
+    placement = weights.choose_placement(options.placement, folder, ranks)
+    header = describe_setting(folder, tokenizer, options, ranks) | {
+        "max_length": max_length,
+        "weights_sha256": digest,
+        "placement": placement,
+        "tasks": {
+            task: {
+                **_shots(task, options.shots),
+                "items_sha256": digest_items(items),
+                "requests_sha256": digest_requests(asked[task].requests),
+                "system_dropped": asked[task].system_dropped,
+                "truncated_items": count_truncated(asked[task].requests, max_length),
+                "source": questions.sources[task],
+            }
+            for task, items in questions.items.items()
+        },
+    }
+    return Prepared(folder, tokenizer, config, max_length, questions, asked, header)
 
 
-def describe_truncation(prepared: Prepared) -> list[str]:
-    """A line for every task some of whose items are longer than the model's context."""
-    counts = {task: count_truncated(requests, prepared.max_length) for task, requests in prepared.requests.items()}
-    return [
-        f"{task}: {count} of {len(prepared.items[task])} items are longer than the model's "
-        f"{prepared.max_length} tokens and lose their beginning"
-        for task, count in counts.items()
-        if count
-    ]
+def describe(prepared: Prepared) -> list[str]:
+    """What a user should know before the scoring: data, items that are cut, prompts without their description."""
+    lines = []
+    for task, facts in prepared.header["tasks"].items():
+        lines.append(facts["source"])
+        if facts["truncated_items"]:
+            lines.append(
+                f"{task}: {facts['truncated_items']} of {len(prepared.questions.items[task])} items are longer than "
+                f"the model's {prepared.max_length} tokens and lose their beginning"
+            )
+        if facts["system_dropped"]:
+            lines.append(f"{task}: the chat template takes no system message: prompts are without their description")
+    return lines
 
 
-def score_prepared(prepared: Prepared, options: ScoreOptions, ranks: Ranks, sources: dict[str, str]) -> Scored:
-    """Load the weights, score all requests, free the weights. `sources` (by task) go into the header.
+def read_finished(out: Path, prepared: Prepared) -> Scored | None:
+    """What an earlier run with the same settings has left in `out`; None where there are no results.
 
     Raises:
-        UserError: the weights cannot be loaded, or give scores that are not finite.
+        UserError: the results are of other settings, or damaged.
     """
-    dtype = choose_dtype(options.dtype, ranks.device)
-    model = score.load_model(prepared.folder, dtype, ranks.device)
-    records = {}
-    for task, requests in prepared.requests.items():
-        scores = score.score_requests(
+    if not (out / "results.json").is_file():
+        return None
+    scored = earlier.read_scored(out, list(prepared.questions.items))
+    check_same(identity(scored.header), identity(prepared.header), f"--out {out} holds results")
+    return Scored(scored.header, scored.records, _texts(prepared))
+
+
+def score(prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, out: Path) -> Scored:
+    """Score all requests and, on the first rank, write the results. Collective.
+
+    Raises:
+        UserError: `out` holds an interrupted run with other settings or cannot be written, the model cannot read the
+            ids, or its scores are not finite.
+    """
+    ranks.on_first(lambda: _open(out, prepared.header))
+    engine, fallback = _choose_engine(prepared, model, options, ranks)
+    header = prepared.header | {"engine": engine, "fallback": fallback}
+    records: dict[str, list[Record]] = {}
+    for task, asked in prepared.asked.items():
+        bins = plan(asked.requests, prepared.max_length, options, engine)
+        started_s = time.monotonic()
+        scores = score_requests(
             model,
-            requests,
-            max_length=prepared.max_length,
-            tokens_per_batch=options.tokens_per_batch,
+            bins,
+            len(asked.requests),
             ranks=ranks,
+            native=options.score_dtype == "native",
+            lockstep=prepared.is_partitioned,
+            kept=Kept(out, task, ranks.rank),
             label=f"{task}: {prepared.folder}",
         )
-        records[task] = make_records(prepared.items[task], scores.reshape(-1, NUM_CHOICES))
-    del model
-    gc.collect()  # a drift run loads the next model into the same memory
-    return Scored(_header(prepared, options, ranks, dtype, sources), records)
+        bits = SIGNIFICAND_BITS[prepared.dtype]
+        records[task] = make_records(prepared.questions.items[task], asked.prompts, scores, bits)
+        header["tasks"][task] |= {
+            "near_ties": sum(record.near_tie for record in records[task]),
+            "tokens": sum(bin.num_tokens for bin in bins),
+        }
+        if ranks.rank == 0:
+            tell([_describe_speed(task, asked.requests, bins, time.monotonic() - started_s)])
+    ranks.on_first(lambda: _write(out, header, records))
+    return Scored(header, records, _texts(prepared))
 
 
-def score_model(model_dir: str, options: ScoreOptions) -> dict[str, list[Record]]:
-    """Records of every task for one model, computed by this process alone or with the launcher's other ranks.
+def plan(requests: Sequence[Request], max_length: int, options: ScoreOptions, engine: str) -> list[Bin]:
+    """The bins of an engine."""
+    rows = distinct_rows(requests, max_length)
+    if engine == "plain":
+        return plan_plain(rows, options.tokens_per_batch, options.batch_size)
+    return plan_packed(rows, options.tokens_per_batch)
+
+
+def score_model(folder: str, options: ScoreOptions) -> Scored:
+    """Scores of one model, from options.out where they are there already; alone or with the launcher's other ranks.
 
     Raises:
-        UserError: data, model or tokenizer cannot be used.
+        UserError: data, model, tokenizer or options.out cannot be used.
     """
-    items, sources = load_items(options)
     with join_ranks() as ranks:
-        return score_prepared(prepare(model_dir, items), options, ranks, sources).records
+        ranks.on_first(lambda: make_folder(Path(options.out)))
+        questions = ranks.on_first(lambda: load_items(options))
+        prepared = prepare(folder, questions, options, ranks)
+        if ranks.rank == 0:
+            tell(describe(prepared))
+        ranks.on_first(lambda: check_reusable({Path(options.out): prepared}))
+        finished = ranks.on_first(lambda: read_finished(Path(options.out), prepared))
+        if finished is not None:
+            if ranks.rank == 0:
+                tell([f"{options.out} holds these scores already: nothing is computed again"])
+            return finished
+        with weights.open_model(folder, prepared.dtype, prepared.header["placement"], ranks) as model:
+            return score(prepared, model, options, ranks, Path(options.out))
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Print lines as they are."""
+    if lines:
+        Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _shots(task: str, shots: ShotsSection) -> dict[str, Any]:
+    if task == "mmlu":
+        return {"shots": shots.mmlu}
+    return {"shots": shots.hellaswag, "draw": shots.hellaswag_draw, "world": shots.hellaswag_world}
+
+
+def check_reusable(places: dict[Path, Prepared]) -> None:
+    """Refuse folders that hold scores of other settings, whole or interrupted, before hours are spent.
+
+    Raises:
+        UserError: naming the setting that differs, or that a folder cannot be written.
+    """
+    for out, prepared in places.items():
+        make_folder(out)
+        read_finished(out, prepared)
+        file = out / FOLDER / IDENTITY
+        if file.is_file():
+            check_same(read_identity(file), identity(prepared.header), f"--out {out} holds an interrupted run")
+
+
+def _tokenise(
+    questions: Questions, tokenizer: Tokenizer, max_length: int, options: ScoreOptions
+) -> dict[str, TokenRequests]:
+    prompting = Prompting(options.chat, options.system_instruction, options.compat)
+    return {task: read_or_build(items, tokenizer, max_length, prompting) for task, items in questions.items.items()}
+
+
+def _open(out: Path, header: dict[str, Any]) -> None:
+    if open_unfinished(out, identity(header)):
+        tell([f"{out}: goes on from what an interrupted run had finished"])
+
+
+def _write(out: Path, header: dict[str, Any], records: dict[str, list[Record]]) -> None:
+    write_results(out, header, records)
+    close_unfinished(out)
+
+
+def _choose_engine(prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks) -> tuple[str, str | None]:
+    """(engine, why it is not the one that was asked for). Collective."""
+    requests = [request for asked in prepared.asked.values() for request in asked.requests]
+    check_vocabulary(model, requests)
+    if options.engine == "plain":
+        return "plain", None
+    longest = max(len(request.ctx_ids) + len(request.cont_ids) - 1 for request in requests)
+    reason = why_not_packed(prepared.config, min(longest, prepared.max_length))
+    found = []
+    if reason is None:
+        for task, asked in prepared.asked.items():
+            difference, limit = compare_engines(
+                model, asked.requests, prepared.max_length, options.tokens_per_batch, ranks
+            )
+            found.append(f"{difference:.1e} on {task} (limit {limit:.0e})")
+            if difference > limit:
+                reason = f"scores differ by {difference:.2g} nats on {task} (limit {limit:.2g})"
+                break
+    if ranks.rank == 0:
+        shown = f"engine probe: packed against plain {', '.join(found)}"
+        if reason is not None:
+            shown = f"WARNING: {prepared.folder}: {reason}: engine plain is used, which takes several times as long"
+        tell([shown])
+    return ("packed", None) if reason is None else ("plain", reason)
+
+
+def _describe_speed(task: str, requests: Sequence[Request], bins: Sequence[Bin], seconds: float) -> str:
+    computed = sum(bin.num_tokens for bin in bins)
+    asked = sum(len(request.ctx_ids) + len(request.cont_ids) - 1 for request in requests)
+    return (
+        f"{task}: {len(requests) // NUM_CHOICES:,} items in {seconds:.1f} s; {computed:,} tokens computed, "
+        f"{asked / computed:.1f}x fewer than one row per choice"
+    )
+
+
+def _texts(prepared: Prepared) -> dict[str, list[Asked]]:
+    return {
+        task: [Asked(item.question, item.choices) for item in items] for task, items in prepared.questions.items.items()
+    }
 
 
 def check_comparable(base: Prepared, tuned: Prepared) -> None:
-    """Refuse to compare two models that would be asked different things.
+    """Refuse to score two models that would be asked different things, before either is loaded.
 
     Raises:
-        UserError: items, context length or token ids differ.
+        UserError: context length or token ids differ.
     """
     if base.max_length != tuned.max_length:
         raise UserError(
             f"max_position_embeddings: {base.folder} has {base.max_length}, {tuned.folder} has {tuned.max_length}; "
             "long items would be cut at different places: make config.json equal"
         )
-    for task, items in base.items.items():
-        if digest_items(items) != digest_items(tuned.items[task]):
-            raise UserError(f"{task}: the two models were given different items; use the same data, shots and limit")
-        if digest_requests(base.requests[task]) != digest_requests(tuned.requests[task]):
-            where = _first_difference(items, base.requests[task], tuned.requests[task])
+    for task in base.asked:
+        if base.header["tasks"][task]["requests_sha256"] != tuned.header["tasks"][task]["requests_sha256"]:
+            where = _first_difference(base.questions.items[task], base.asked[task].requests, tuned.asked[task].requests)
             raise UserError(
                 f"{task}: the tokenizers of {base.folder} and {tuned.folder} give different ids, first at {where}; "
                 "was BOS lost, or a token added, when the tuned model was saved? Use the base model's tokenizer files"
@@ -154,49 +334,3 @@ def _first_difference(items: Sequence[Item], base: Sequence[Request], tuned: Seq
             shown = " against ".join(str([int(token) for token in ids[:4]]) for ids in (ids_before, ids_after))
             return f"{items[number // NUM_CHOICES].name} (ids begin {shown})"
     return "no item"
-
-
-def _header(
-    prepared: Prepared, options: ScoreOptions, ranks: Ranks, dtype: torch.dtype, sources: dict[str, str]
-) -> dict[str, Any]:
-    """What the scores depend on; per task under "tasks"."""
-    on_gpu = ranks.device.type == "cuda"
-    return {
-        "model": prepared.folder,
-        "weights_sha256": _digest_weights(prepared.folder) if ranks.rank == 0 else "",
-        "tokenizer_sha256": prepared.tokenizer.digest,
-        "bos": list(prepared.tokenizer.bos),
-        "data": options.data,
-        "max_length": prepared.max_length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
-        "ranks": ranks.world,
-        "attention": score.ATTENTION,
-        "tokens_per_batch": options.tokens_per_batch,
-        "limit": options.limit,
-        "parity_with": PARITY_WITH,
-        "versions": {"sft": sft.__version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        "tasks": {
-            task: {
-                "source": sources[task],
-                "shots": getattr(options.shots, task),
-                "fewshot_seed": hellaswag.FEWSHOT_SEED if task == "hellaswag" else None,
-                "items_sha256": digest_items(items),
-                "requests_sha256": digest_requests(prepared.requests[task]),
-                "truncated_items": count_truncated(prepared.requests[task], prepared.max_length),
-            }
-            for task, items in prepared.items.items()
-        },
-    }
-
-
-def _digest_weights(folder: str) -> str:
-    """sha256 over the names and bytes of all safetensors files."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

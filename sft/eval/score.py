@@ -1,187 +1,157 @@
-"""A model folder and token requests in, log-likelihoods out.
+"""Requests in, log-likelihoods out: work dealt over ranks, kept as it is done, and proved on the loaded model."""
 
-Shapes: B rows of a batch, T padded tokens, N scored positions of a batch, V vocabulary.
-"""
-
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from sft.errors import UserError
-from sft.eval.ranks import Ranks, merge
+from sft.eval.finished import Kept
+from sft.eval.forward import Answers, idle, score_bin
+from sft.eval.ranks import Ranks
 from sft.eval.requests import Request
-from sft.pretrained import load_causal_lm
+from sft.eval.results import Scores
+from sft.eval.tasks.item import NUM_CHOICES
+from sft.eval.tree import Bin, deal, distinct_rows, plan_packed, plan_plain
 from sft.progress import track
-from sft.tokenizer import folder_errors
 
-ATTENTION = "sdpa"
-DEFAULT_MAX_LENGTH = 2048
-UNSET_MAX_LENGTH = int(1e30)
-"""What transformers puts for a tokenizer without a limit."""
-POSITIONS_PER_SOFTMAX = 1024
-"""Positions whose logits are widened to fp32 at a time: 0.5 GB at a vocabulary of 128k."""
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One row of a batch: input ids, and the requests whose scored tokens are predicted at its end."""
-
-    ids: np.ndarray
-    scored: tuple[tuple[int, np.ndarray], ...]
-    """(request number, its scored ids): they end one position after the last input id."""
-
-
-def read_config(folder: str) -> Any:
-    """The transformers config of a model folder.
-
-    Raises:
-        UserError: the folder or its config.json is missing, torn, or holds values that no model can have.
-    """
-    from transformers import AutoConfig
-
-    path = Path(folder)
-    try:
-        if not path.is_dir():
-            raise UserError(
-                f"model {folder}: no such folder; give a local folder with config.json, safetensors and tokenizer"
-            )
-        if not (path / "config.json").is_file():
-            raise UserError(f"model {folder}: holds no config.json; is it a Hugging Face model folder?")
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except folder_errors() as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model {folder}/config.json: cannot be used: {reason}; correct or complete it") from error
-
-
-def read_max_length(config: Any, tokenizer: Any) -> int:
-    """Context length in tokens: the config's, else the (transformers) tokenizer's, else 2048, as lm_eval decides.
-
-    Raises:
-        UserError: the config's is not positive.
-    """
-    text_config = getattr(config, "text_config", None) or config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (value := getattr(text_config, name, None)) is not None:
-            if value < 1:
-                raise UserError(f"model {config.name_or_path}/config.json: {name} is {value}; need at least 1 token")
-            return int(value)
-    limit = tokenizer.model_max_length
-    return DEFAULT_MAX_LENGTH if limit is None or limit == UNSET_MAX_LENGTH else int(limit)
-
-
-def load_model(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers causal LM in eval mode, from local safetensors only.
-
-    Raises:
-        UserError: config or weights are missing, torn, pickled, or do not fit each other.
-    """
-    read_config(folder)
-    return load_causal_lm(folder, dtype=dtype, attention=ATTENTION).to(device).eval()
+PROBE_ITEMS = 8
+"""Items in a row, so that they share what the real ones share."""
+PROBE_LIMIT = {torch.float32: (1e-3, 0.0), torch.bfloat16: (0.2, 0.05), torch.float16: (0.05, 0.01)}
+"""Largest difference between the engines in nats: a constant, and so much per scored token. A branch that sees its
+neighbour is off by whole nats; in bf16 another order of summation alone moves a token by a few hundredths."""
 
 
 def score_requests(
-    model: Any, requests: Sequence[Request], *, max_length: int, tokens_per_batch: int, ranks: Ranks, label: str
-) -> np.ndarray:
-    """Log-likelihood of every request: float64 [requests], natural logarithm, summed over the scored tokens.
-
-    Equal inputs share one forward (MMLU's four letters do). Batches are formed before they are dealt to the
-    ranks, so every rank count gives the same forwards.
+    model: Any,
+    bins: Sequence[Bin],
+    count: int,
+    *,
+    ranks: Ranks,
+    native: bool,
+    lockstep: bool,
+    kept: Kept,
+    label: str,
+) -> Scores:
+    """What the model says to `count` requests; the same for every number of ranks.
 
     Args:
-        model: transformers causal LM on `ranks.device`.
-        requests: what to score.
-        max_length: input tokens at most; longer ones lose their beginning.
-        tokens_per_batch: padded tokens of one forward at most; a single longer row still runs.
-        ranks: the replicas that share the work.
+        model: transformers causal LM with sdpa attention, on `ranks.device`.
+        bins: the plan, which holds every request once; see sft.eval.tree.
+        count: number of requests.
+        ranks: among whom the bins are dealt.
+        native: softmax and sums in the model's dtype.
+        lockstep: every rank calls the model equally often (its weights are spread over the ranks).
+        kept: bins that need not be computed again, and where finished ones go.
         label: name of the progress bar.
 
     Raises:
-        UserError: a token id is outside of the model's vocabulary, or a score is not finite.
+        UserError: a score is not finite, or the bins that were kept cannot be written.
     """
-    batches = make_batches(group_forwards(requests, max_length), tokens_per_batch)
-    _check_vocabulary(model, requests)
-    sums = torch.zeros(len(requests), dtype=torch.float64)
-    written = torch.zeros(len(requests), dtype=torch.float64)
-    for batch in track(batches[ranks.rank :: ranks.world], label, visible=ranks.rank == 0):
-        for number, log_likelihood in _score_batch(model, batch, ranks.device):
-            sums[number] += log_likelihood
-            written[number] += 1
-    scores = merge(sums, written, ranks).numpy()
-    if not np.isfinite(scores).all():
+    done: dict[int, list[Answers]] = kept.read(bins) if ranks.rank == 0 else {}
+    todo = [index for index in range(len(bins)) if index not in set(ranks.from_first(sorted(done)))]
+    dealt = [[todo[place] for place in places] for places in deal([bins[index] for index in todo], ranks.world)]
+    with closing(kept):
+        for index in track(dealt[ranks.rank], label, visible=ranks.rank == 0):
+            answers = list(score_bin(model, bins[index], ranks.device, native))
+            done[index] = answers
+            kept.write(index, answers)
+    if lockstep:
+        calls = [sum(bins[index].num_forwards for index in own) for own in dealt]
+        for _ in range(max(calls) - calls[ranks.rank]):
+            idle(model, ranks.device)
+    scores = _merge([part for answers in done.values() for part in answers], count, ranks)
+    if not np.isfinite(scores.lls).all():
         raise UserError(
-            f"{label}: {int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite; "
+            f"{label}: {int((~np.isfinite(scores.lls)).sum())} of {count} scores are not finite; "
             "the weights hold NaN or infinite values, or overflow in this dtype (try --dtype fp32)"
         )
     return scores
 
 
-def group_forwards(requests: Sequence[Request], max_length: int) -> list[Forward]:
-    """One forward per distinct input, longest first; the order does not depend on the order of the requests."""
-    groups: dict[bytes, list[tuple[int, np.ndarray]]] = defaultdict(list)
-    for number, request in enumerate(requests):
-        ids, scored_ids = request.clip(max_length)
-        groups[ids.astype(">i4").tobytes()].append((number, scored_ids))
-    forwards = [Forward(np.frombuffer(key, dtype=">i4"), tuple(scored)) for key, scored in groups.items()]
-    return sorted(forwards, key=lambda forward: (-len(forward.ids), forward.ids.tobytes()))
+def why_not_packed(config: Any, longest: int) -> str | None:
+    """A reason, known from the config, for which rows may not be packed on this model; None without one.
+
+    Args:
+        config: transformers config.
+        longest: ids of the longest input.
+    """
+    config = getattr(config, "text_config", None) or config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < longest:
+        return f"its attention sees {window} tokens, the longest item has {longest}"
+    other = {kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"}
+    if other and window is None:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        return f"its rotary frequencies ({rope['rope_type']}) depend on the length of a row"
+    return None
 
 
-def make_batches(forwards: Sequence[Forward], tokens_per_batch: int) -> list[list[Forward]]:
-    """Cut forwards, sorted by falling length, into batches of at most `tokens_per_batch` padded tokens."""
-    batches: list[list[Forward]] = []
-    for forward in forwards:
-        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(forward)
-        else:
-            batches.append([forward])
-    return batches
+def compare_engines(
+    model: Any, requests: Sequence[Request], max_length: int, tokens_per_batch: int, ranks: Ranks
+) -> tuple[float, float]:
+    """(largest difference between plain and packed, the limit) in nats, on a few items in the middle. Collective.
+
+    Every rank computes the same, so that a model in lock-step takes part; scores in fp32 whatever is chosen later.
+    """
+    start = max(0, len(requests) // NUM_CHOICES // 2 - PROBE_ITEMS // 2) * NUM_CHOICES
+    sample = requests[start : start + PROBE_ITEMS * NUM_CHOICES]
+    rows = distinct_rows(sample, max_length)
+    lls = []
+    for bins in (plan_plain(rows, tokens_per_batch, None), plan_packed(rows, tokens_per_batch)):
+        parts = [part for bin in bins for part in score_bin(model, bin, ranks.device, native=False)]
+        lls.append(_scatter(parts, len(sample))[0])
+    constant, per_token = PROBE_LIMIT[model.dtype]
+    limits = constant + per_token * np.array([len(request.cont_ids) for request in sample])
+    differences = np.abs(lls[0] - lls[1])
+    worst = int(np.argmax(np.where(np.isfinite(differences), differences / limits, np.inf)))
+    # NaN passes here: it is not a matter of the engine, and score_requests refuses it by its right name
+    found = np.array([np.nan_to_num(differences[worst]), limits[worst]])
+    together = torch.from_numpy(found).to(ranks.device)
+    if ranks.world > 1:
+        dist.all_reduce(together, op=dist.ReduceOp.MAX)
+    return float(together[0]), float(together[1])
 
 
-@torch.inference_mode()
-def _score_batch(model: Any, batch: Sequence[Forward], device: torch.device) -> list[tuple[int, float]]:
-    """(request number, log-likelihood) of a batch; log-softmax in fp32, sums in float64."""
-    width = max(len(forward.ids) for forward in batch)
-    ids_BT = torch.zeros((len(batch), width), dtype=torch.long)
-    keep_BT = torch.zeros((len(batch), width), dtype=torch.bool)
-    for row, forward in enumerate(batch):
-        length = len(forward.ids)
-        ids_BT[row, :length] = torch.from_numpy(forward.ids.astype(np.int64))
-        keep_BT[row, length - max(len(scored_ids) for _, scored_ids in forward.scored) : length] = True
-    # Padding stands right of all that counts, where causal attention cannot see it: no mask, as in lm_eval.
-    logits_NV = model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=keep_BT.to(device)).logits
-    positions: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    end = 0
-    for forward in batch:
-        end += max(len(scored_ids) for _, scored_ids in forward.scored)
-        for number, scored_ids in forward.scored:
-            positions += range(end - len(scored_ids), end)
-            targets += scored_ids.tolist()
-            owners += [number] * len(scored_ids)
-    log_probs = _gather_log_probs(logits_NV, torch.tensor(positions), torch.tensor(targets))
-    sums: dict[int, float] = defaultdict(float)
-    for number, log_prob in zip(owners, log_probs.tolist(), strict=True):
-        sums[number] += log_prob
-    return list(sums.items())
+def check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
+    """Refuse ids that the model has no embedding for.
 
-
-def _gather_log_probs(logits_NV: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target) at each position, float64 on the host; a position may occur several times."""
-    positions, targets = positions.to(logits_NV.device), targets.to(logits_NV.device)
-    chunks = torch.split(logits_NV, POSITIONS_PER_SOFTMAX)
-    logsumexp_N = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in chunks])
-    return (logits_NV[positions, targets].float() - logsumexp_N[positions]).double().cpu()
-
-
-def _check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
+    Raises:
+        UserError: naming the largest id and the number of embeddings.
+    """
     rows = model.get_input_embeddings().num_embeddings
     largest = max((int(max(request.ctx_ids.max(), request.cont_ids.max())) for request in requests), default=0)
     if largest >= rows:
         raise UserError(
             f"the tokenizer gives id {largest}, the model has {rows} embeddings; is it the model's own tokenizer?"
         )
+
+
+def _scatter(parts: Sequence[Answers], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log-likelihoods, greedy flags, how often each was written), float64 [requests]."""
+    lls, greedy, written = np.zeros(count), np.zeros(count), np.zeros(count)
+    for part in parts:
+        np.add.at(lls, part.requests, part.lls)
+        np.add.at(greedy, part.requests, part.greedy)
+        np.add.at(written, part.requests, 1)
+    return lls, greedy, written
+
+
+def _merge(parts: Sequence[Answers], count: int, ranks: Ranks) -> Scores:
+    """What all ranks scored, [items, choices].
+
+    Raises:
+        RuntimeError: a request was not scored exactly once; the dealing is wrong.
+    """
+    sums_3R = torch.from_numpy(np.stack(_scatter(parts, count))).to(ranks.device)
+    if ranks.world > 1:
+        dist.all_reduce(sums_3R)
+    lls, greedy, written = sums_3R.cpu().numpy()
+    if not (written == 1).all():
+        raise RuntimeError(f"{int((written != 1).sum())} of {count} requests were not scored exactly once")
+    return Scores(lls.reshape(-1, NUM_CHOICES), greedy.reshape(-1, NUM_CHOICES) > 0)
