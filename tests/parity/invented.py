@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ def mmlu_rows(rng: random.Random, subject: str, num: int) -> list[dict[str, Any]
         ('A "quoted", comma-laden question, is it?', ['"yes"', "no, never", "a\nb", ""]),
         ("Wie heißt das? 你好\u00a0", ["größer", "更小", "naïve\u00a0", "🙂🙂"]),
     ]
-    rows = [{"question": question, "choices": choices} for question, choices in odd]
-    rows += [
+    rows: list[dict[str, Any]] = [{"question": question, "choices": choices} for question, choices in odd]
+    rows = rows[:num] + [
         {"question": sentence(rng) + "?", "choices": [sentence(rng, 1, 5) for _ in range(4)]}
-        for _ in range(num - len(rows))
+        for _ in range(num - len(odd))
     ]
     return [row | {"subject": subject, "answer": rng.randrange(4)} for row in rows]
 
@@ -88,14 +89,14 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_hub(folder: Path) -> None:
+def write_hub(folder: Path, subjects: Sequence[str], num_test: int) -> None:
     """cais/mmlu and Rowan/hellaswag as the hub has them: the README's `configs` make `load_dataset` find the files."""
     rng = random.Random(7)
     mmlu, hellaswag = folder / "cais" / "mmlu", folder / "Rowan" / "hellaswag"
     readme = "---\nconfigs:\n"
-    for subject in SUBJECTS:
+    for subject in subjects:
         write_lines(mmlu / subject / "dev.jsonl", mmlu_rows(rng, subject, 5))
-        write_lines(mmlu / subject / "test.jsonl", mmlu_rows(rng, subject, 12))
+        write_lines(mmlu / subject / "test.jsonl", mmlu_rows(rng, subject, num_test))
         readme += f"- config_name: {subject}\n  data_files:\n"
         readme += "".join(f"  - split: {split}\n    path: {subject}/{split}.jsonl\n" for split in ("dev", "test"))
     (mmlu / "README.md").write_text(readme + "---\n")

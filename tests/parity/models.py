@@ -7,6 +7,17 @@ from pathlib import Path
 from tests.parity.invented import hellaswag_rows, mmlu_rows, sentence
 
 BOS, EOS = "<s>", "</s>"
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Brings its own BOS; ends in a line break, which moves to the continuation."""
+REFUSES_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% elif message.role == 'user' %}"
+    "[INST] {{ message.content | trim }} [/INST]{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+"""As Mistral's and Gemma's; BOS is the tokenizer's."""
 
 
 def write_tokenizer(folder: Path, *, adds_bos: bool, byte_level: bool, adds_eos: bool = False) -> None:
@@ -55,11 +66,14 @@ def _with_byte_tokens(tokenizer: object, byte_tokens: list[str]) -> object:
 
 
 def write_model(folder: Path, *, max_length: int = 2048, seed: int = 0) -> None:
-    """fp32 Llama of about 0.2M parameters; large initial weights, so that choices differ clearly."""
+    """fp32 Llama of about 0.2M parameters; large initial weights, so that choices differ clearly.
+
+    They come from numpy's RandomState, whose stream never changes (NEP 19): golden files depend on them.
+    """
+    import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=1100,
         hidden_size=32,
@@ -68,6 +82,12 @@ def write_model(folder: Path, *, max_length: int = 2048, seed: int = 0) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=max_length,
-        initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    random = np.random.RandomState(seed)
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            is_norm = weight.ndim == 1
+            drawn = random.standard_normal(tuple(weight.shape)).astype(np.float32)
+            weight.copy_(torch.ones_like(weight) if is_norm else 0.3 * torch.from_numpy(drawn))
+    model.save_pretrained(folder)

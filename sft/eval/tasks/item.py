@@ -46,9 +46,15 @@ class Item:
 
 
 def digest_items(items: Sequence[Item]) -> str:
-    """sha256 of the canonical JSON of all items: equal if and only if the same questions were asked the same way."""
+    """sha256 of the canonical JSON of all items: equal if and only if the same questions were asked the same way.
+
+    Shots that are the item's before are null: MMLU's are the same within a subject, and longer than its questions.
+    """
     digest = hashlib.sha256()
+    before: tuple[tuple[str, str], ...] | None = None
     for item in items:
-        digest.update(json.dumps(vars(item), sort_keys=True, separators=(",", ":")).encode())
+        fields = vars(item) | {"shots": None if item.shots == before else item.shots}
+        digest.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
         digest.update(b"\n")
+        before = item.shots
     return digest.hexdigest()
