@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +178,6 @@ def poison(argument: list[Any]) -> None:
     batch.from_shards, PackedCausalLM.forward = watched, patched
 
 
-def predict_early(_: Any) -> None:
-    """A probe that reads every scored token one position too early."""
-    original = batch.build_scored
-
-    def early(*arguments: Any) -> batch.MicroBatch:
-        built = original(*arguments)
-        return replace(built, predict_N=(built.predict_N - 1).clamp(min=0))
-
-    batch.build_scored = early
-
-
 def kill_before(argument: list[Any]) -> None:
     """[function, call]: SIGKILL before the given call of a function."""
     owner, name = KILL_PLACES[argument[0]]
@@ -216,7 +204,6 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "raise_lr": raise_lr,
     "poison": poison,
     "kill_before": kill_before,
-    "predict_early": predict_early,
 }
 
 if __name__ == "__main__":
