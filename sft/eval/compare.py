@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sft.errors import UserError
 from sft.eval.options import GateSection
 from sft.eval.power import MARGIN, items_needed, items_to_rule_out, minimum_detectable, power_non_inferior
 from sft.eval.results import HEADLINE, Asked, Record, Scored
@@ -57,16 +56,16 @@ def compare(
 
     Args:
         base: the model before training.
-        tuned: models after training.
+        tuned: models after training, at least one; their records beside the base's, item by item.
         gate: what is allowed; its max_drop is also the margin of the verdicts, one point where it is None.
         noise: by task what the base answered differently when asked once more: items, flips, rate, max_abs_ll.
         answers: what both models wrote to the same prompts.
 
     Raises:
-        UserError: a tuned model was asked other items than the base.
+        ValueError: the items are not the same in the same order, which sft.eval.earlier.check_same_items provides.
     """
     for side in tuned:
-        _check_same_items(base, side)
+        _check_aligned(base, side)
     first = tuned[0]
     rules = Rules(MARGIN if gate.max_drop is None else gate.max_drop, gate.confidence)
     pairs: dict[str, Paired] = {}
@@ -89,16 +88,14 @@ def compare(
     }
 
 
-def _check_same_items(base: Side, tuned: Side) -> None:
+def _check_aligned(base: Side, tuned: Side) -> None:
+    """Pairs are made by place: records in another order would give figures, and wrong ones."""
     before, after = base.scored.records, tuned.scored.records
     if list(before) != list(after):
-        raise UserError(
-            f"{tuned.name}: scored on {', '.join(after)}, but {base.name} on {', '.join(before)}; "
-            "score both on the same tasks"
-        )
+        raise ValueError(f"{tuned.name} has {', '.join(after)}, {base.name} has {', '.join(before)}")
     for task, records in before.items():
         if [_identity(record) for record in records] != [_identity(record) for record in after[task]]:
-            raise UserError(f"{tuned.name}: {task} items are not those of {base.name}; score both on the same items")
+            raise ValueError(f"{task}: {tuned.name} does not hold the items of {base.name} in the same order")
 
 
 def _identity(record: Record) -> tuple[str, int, int]:
