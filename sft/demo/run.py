@@ -1,6 +1,7 @@
 """`sft demo`: the whole pipeline on a closed world that it makes itself, on CPU ranks, in a few minutes.
 
-    world ─► tokenizer ─► base model (reads the corpus) ─► fine-tuned on Alpaca rows ─► drift report
+    world ─► tokenizer ─► base model (reads the corpus) ─┬─► fine-tuned on Alpaca rows ─────────────┬─► drift reports
+                                                         └─► on these rows and some of the corpus ──┘
 
 Every step is the command that a user would type, and it is printed. The models are real and tiny; the scores
 measure memory of the invented corpus, nothing else (see sft.demo.world).
@@ -19,22 +20,20 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.template import alpaca_prompt
 from sft.config import DemoConfig
 from sft.demo import world
-from sft.errors import UserError
-from sft.pretrained import load_causal_lm, quiet_libraries
+from sft.errors import EXIT_GATE_FAILED, UserError
+from sft.pretrained import quiet_libraries
 from sft.settings import load
 from sft.tokenizer import load_tokenizer
 
 SEED = 0
 MARKER = "made-by-sft-demo"
 """File of a folder that an earlier demonstration made, and that may be replaced."""
-MAX_ANSWER_TOKENS = 40
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make the world, train the base, fine-tune it, and report what it forgot."""
+    """Make the world, train the base, fine-tune it with and without replay, and report what each forgot."""
     config = load(DemoConfig, argv, prog="sft demo")
     out = _fresh_folder(Path(config.out))
     console = Console(highlight=False, soft_wrap=True)
@@ -45,33 +44,36 @@ def main(argv: Sequence[str]) -> None:
 
     chapter("1. A closed world: facts, questions about them, and a task that the base does not know")
     world.write_world(out / "world", SEED)
+    (out / "questions.txt").write_text(world.held_out_row()["instruction"] + "\n", encoding="utf-8")
     world.train_tokenizer(out / "world" / "corpus.jsonl", out / "base-init")
     _write_random_model(out / "base-init")
 
     chapter("2. A tiny base model reads the corpus")
-    corpus = json.dumps([{"path": f"{out}/world/corpus.jsonl", "format": "text"}])
-    _prepare(corpus, out / "base-init", out / "corpus-packs")
+    corpus = {"path": f"{out}/world/corpus.jsonl", "format": "text"}
+    _prepare([corpus], out / "base-init", out / "corpus-packs")
     reading = _settings(world.BASE_ROWS_PER_STEP, world.BASE_STEPS, world.BASE_LR, world.BASE_WARMUP_STEPS)
     _train(out / "base-init", out / "corpus-packs", out / "base-run", reading, config.ranks)
 
     chapter("3. Fine-tuning under ZeRO-3: say what kind of thing a word names")
-    base, tuned = out / "base-run" / "export", out / "tuned-run" / "export"
-    rows = json.dumps([{"path": f"{out}/world/alpaca.json"}])
-    _prepare(rows, base, out / "alpaca-packs")
+    base, tuned, replayed = (out / f"{name}-run" / "export" for name in ("base", "tuned", "replay"))
+    rows = {"path": f"{out}/world/alpaca.json"}
+    _prepare([rows], base, out / "alpaca-packs", heldout=world.HELDOUT)
     naming = _settings(world.TUNE_ROWS_PER_STEP, world.TUNE_STEPS, world.TUNE_LR, world.TUNE_WARMUP_STEPS)
     _train(base, out / "alpaca-packs", out / "tuned-run", naming, config.ranks)
 
-    chapter("4. One answer, before and after")
-    row = world.held_out_row()
-    console.print(f"asked     {row['instruction']} {row['input']}", markup=False)
-    for name, folder in (("base", base), ("tuned", tuned)):
-        console.print(f"{name:<9} {_answer(folder, alpaca_prompt(row['instruction'], row['input']))}", markup=False)
-    console.print(f"expected  {row['output']}", markup=False)
+    chapter("4. What did it forget? The gate allows five points")
+    console.print(_gate_in_words(_drift(out, base, [tuned], out / "drift")), markup=False)
 
-    chapter("5. What did it forget?")
-    _sft(
-        "drift", {"base": base, "tuned": tuned, "data": out / "world" / "evals", "dtype": "fp32", "out": out / "drift"}
-    )
+    chapter("5. The same fine-tuning, with some of the corpus replayed")
+    rehearsal = {**corpus, "role": "replay", "ratio": world.REPLAY_RATIO}
+    _prepare([rows, rehearsal], base, out / "replay-packs", heldout=world.HELDOUT)
+    _train(base, out / "replay-packs", out / "replay-run", naming, config.ranks)
+
+    chapter("6. What did that one forget?")
+    console.print(_gate_in_words(_drift(out, base, [replayed, tuned], out / "drift-replay")), markup=False)
+
+    chapter("7. One question that no fine-tuning row asks in these words")
+    console.print("\n".join(_answers(out)), markup=False)
     console.print(f"\nall done in {time.monotonic() - started_s:.0f} s; everything is in {out}", markup=False)
 
 
@@ -96,8 +98,9 @@ def _write_random_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def _prepare(sources: str, tokenizer: Path, out: Path) -> None:
-    _sft("prep", {"sources": sources, "tokenizer": tokenizer, "seq_len": world.SEQ_LEN, "out": out})
+def _prepare(sources: Sequence[Mapping[str, Any]], tokenizer: Path, out: Path, heldout: float = 0.0) -> None:
+    options = {"sources": json.dumps(sources), "tokenizer": tokenizer, "seq_len": world.SEQ_LEN, "out": out}
+    _sft("prep", options | ({"heldout": heldout} if heldout else {}))
 
 
 def _settings(rows_per_step: int, steps: int, lr: float, warmup: int) -> dict[str, Any]:
@@ -111,26 +114,42 @@ def _train(model: Path, packs: Path, out: Path, settings: Mapping[str, Any], ran
     _sft("train", {**model_flags, **batch_flags, **settings, "track.wandb": "off", "out": out, "ranks": ranks})
 
 
-def _sft(command: str, options: Mapping[str, Any]) -> None:
-    """Print and run one `sft` command; a failure ends the demonstration with its exit code."""
+def _drift(out: Path, base: Path, tuned: Sequence[Path], report: Path) -> int:
+    """Compare the models with the base; the gate is on the first. Returns the exit code, 0 or 3."""
+    asked = {
+        "base": base,
+        "tuned": ",".join(map(str, tuned)),
+        "data": out / "world" / "evals",
+        "heldout": out / "alpaca-packs" / "heldout",
+        "answers.prompts": out / "questions.txt",
+    }
+    return _sft("drift", {**asked, "dtype": "fp32", "gate.max_drop": world.MAX_DROP, "out": report}, EXIT_GATE_FAILED)
+
+
+def _gate_in_words(code: int) -> str:
+    if code == EXIT_GATE_FAILED:
+        return f"exit code {code}: a pipeline would stop here and keep the base; the demonstration goes on"
+    return f"exit code {code}: a pipeline would go on with this model"
+
+
+def _sft(command: str, options: Mapping[str, Any], allowed: int = 0) -> int:
+    """Print and run one `sft` command; an exit code that is neither 0 nor `allowed` ends the demonstration with it."""
     arguments = [command, *[text for name, value in options.items() for text in (f"--{name}", str(value))]]
     sys.stdout.write(f"$ sft {shlex.join(arguments)}\n")
     sys.stdout.flush()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "sft.cli", *arguments], env=environment, check=False)
-    if done.returncode:
+    if done.returncode not in (0, allowed):
         raise SystemExit(done.returncode)
+    return done.returncode
 
 
-def _answer(folder: Path, prompt: str) -> str:
-    """The model's greedy answer to `prompt`, special tokens left out."""
-    import torch
-
-    tokenizer = load_tokenizer(folder)
-    model = load_causal_lm(folder, dtype=torch.float32, attention="sdpa")
-    ids_1T = torch.tensor([[*tokenizer.bos, *tokenizer.encode(prompt)]])
-    with torch.inference_mode():
-        reply_1T = model.generate(
-            ids_1T, attention_mask=torch.ones_like(ids_1T), max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False
-        )
-    return str(tokenizer.hf.decode(reply_1T[0, ids_1T.shape[1] :], skip_special_tokens=True)).replace("\n", " / ")
+def _answers(out: Path) -> list[str]:
+    """What the three models answered to the first question, from the two reports."""
+    plain, replay = (
+        json.loads((out / name / "drift.json").read_text(encoding="utf-8"))["answers"][0]
+        for name in ("drift", "drift-replay")
+    )
+    said = {"asked": plain["prompt"], "base": plain["base"], "tuned": plain["tuned"], "replay": replay["tuned"]}
+    said["expected"] = world.held_out_row()["output"]
+    return [f"{who:<9} {' / '.join(text.splitlines())}" for who, text in said.items()]

@@ -1,4 +1,4 @@
-"""The demonstration as a whole: the base knows, the tuned model has learned the task and forgot.
+"""The demonstration as a whole: the base knows; without replay the tuned model forgets, with replay it does not.
 
 Run: pytest tests/e2e/test_demo.py
 """
@@ -23,37 +23,65 @@ def demo(tmp_path_factory):
     return done.stdout, out
 
 
-def report(demo):
-    return json.loads((demo[1] / "drift" / "drift.json").read_text())["tasks"]
+def report(demo, name="drift"):
+    return json.loads((demo[1] / name / "drift.json").read_text())
 
 
 def test_the_base_answers_clearly_above_chance(demo):
     for task in ("mmlu", "hellaswag"):
-        assert report(demo)[task]["n"] == 220
-        assert report(demo)[task]["base"] > 0.6, "chance is 0.25"
+        facts = report(demo)["tasks"][task]
+        assert facts["n"] == 220
+        assert facts["base"] > 0.6, "chance is 0.25"
 
 
-def test_forgetting_is_real_and_partial(demo):
+def test_without_replay_forgetting_is_real_and_partial_and_stops_at_the_gate(demo):
     for task in ("mmlu", "hellaswag"):
-        facts = report(demo)[task]
-        assert facts["verdict"] == "degraded"
+        facts = report(demo)["tasks"][task]
+        assert facts["verdict"].startswith("degraded")
         assert facts["mcnemar_p"] < 0.05
         assert facts["tuned"] > 0.3, "not everything is gone"
+    assert report(demo)["gate"]["passed"] is False
+    assert "exit code 3: a pipeline would stop here" in demo[0]
 
 
-def test_the_task_is_learned(demo):
+def test_with_replay_the_gate_is_passed(demo):
+    found = report(demo, "drift-replay")
+    assert found["gate"]["passed"] is True
+    assert found["gate"]["max_drop"] == 0.05
+    for task in ("mmlu", "hellaswag"):
+        assert not found["tasks"][task]["verdict"].startswith("degraded beyond")
+        assert found["tasks"][task]["lower_one_sided"] > -0.05
+    assert demo[0].index("exit code 3: ") < demo[0].index("exit code 0: a pipeline would go on")
+
+
+def test_both_have_learned_the_task_and_one_table_shows_all_three_models(demo):
+    base, replay, plain = report(demo, "drift-replay")["models"]
+    assert base["heldout_loss"] > 3
+    for tuned in (replay, plain):
+        assert tuned["heldout_loss"] < 0.5
+        assert tuned["tasks"].keys() == base["tasks"].keys() == {"mmlu", "hellaswag"}
+    assert replay["tasks"]["hellaswag"]["value"] > plain["tasks"]["hellaswag"]["value"]
+    assert plain["tasks"]["hellaswag"]["verdict"].startswith("degraded")
+    assert report(demo)["models"][1]["heldout_loss"] == plain["heldout_loss"]
+
+
+def test_the_answers_show_it(demo):
     answers = dict(
-        line.split(maxsplit=1) for line in demo[0].splitlines() if line.startswith(("base ", "tuned ", "expected "))
+        line.split(maxsplit=1)
+        for line in demo[0].splitlines()
+        if line.startswith(("base ", "tuned ", "replay ", "expected "))
     )
-    assert answers["tuned"].strip() == answers["expected"].strip()
+    assert answers["tuned"].strip() == answers["replay"].strip() == answers["expected"].strip()
     assert answers["base"].strip() != answers["expected"].strip()
 
 
-def test_it_ends_with_the_table_and_the_path_of_its_report(demo):
+def test_it_ends_with_the_answers_and_names_its_reports(demo):
     lines = [line for line in demo[0].splitlines() if line.strip()]
     assert lines[-1].startswith("all done in")
-    assert lines[-2] == f"report: {demo[1]}/drift/drift.md"
-    assert any("McNemar" in line or "verdict" in line for line in lines[-9:])
+    reports = [line for line in lines if line.startswith("report: ")]
+    assert [line.split()[1] for line in reports] == [
+        f"{demo[1]}/{name}/drift.html" for name in ("drift", "drift-replay")
+    ]
 
 
 def test_it_can_run_again_but_replaces_nothing_else(demo, tmp_path):
