@@ -277,7 +277,7 @@ class ProbeSection(Section):
     """Tasks, separated by commas."""
     shots: ProbeShotsSection = ProbeShotsSection()
     items: PositiveInt = 200
-    """Items of each task, spread evenly over all it has; 200 show a drop from about 5 points on."""
+    """Items of each task, spread evenly over all it has. 200 show a drop of 6 points four times in five."""
     every: PositiveInt = 500
     """Optimizer steps between two probes (and at the last step)."""
     max_drop: Fraction | None = None
