@@ -11,7 +11,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hub/ and hub57/ with the data, and one model folder per variant."""
     from tests.parity.world import make_world
 
-    return make_world(tmp_path_factory.mktemp("parity"))
+    return make_world(tmp_path_factory.mktemp("parity"), JOBS)
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,13 @@ from tests.parity.models import CHATML, REFUSES_SYSTEM, write_model, write_token
 TEMPLATES = {"chat": CHATML, "chat-refuses": REFUSES_SYSTEM}
 
 
-def make_world(folder: Path) -> Path:
-    """hub/ with two subjects, hub57/ with all, and the model folders that jobs name."""
+def make_world(folder: Path, jobs: Sequence[Job]) -> Path:
+    """hub/ with two subjects, hub57/ with all, and the model folders that the jobs name."""
     from sft.eval.tasks.mmlu import CATEGORIES
 
     write_hub(folder / "hub", SUBJECTS, num_test=12)
     write_hub(folder / "hub57", sorted(name for names in CATEGORIES.values() for name in names), num_test=2)
-    for name in ("bos", "nobos", "short", "bytes", *TEMPLATES):
+    for name in sorted({job.model for job in jobs}):
         write_tokenizer(folder / name, adds_bos=name != "nobos", byte_level=name == "bytes")
         write_model(folder / name, max_length=100 if name == "short" else 2048)
         if name in TEMPLATES:
