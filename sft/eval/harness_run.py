@@ -50,18 +50,20 @@ def _header(results: dict[str, Any], config: dict[str, Any], file: Path) -> dict
     version = _typed(results, "lm_eval_version", str, file)
     dtype = _text(config, "model_dtype", file) or arguments.get("dtype")
     dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-    source = _text(config, "model", file) or "hf"
+    backend = _text(config, "model", file)
+    if "model_dtype" in config:  # what its Hugging Face backend tells of itself; called from Python, "model" is a path
+        backend = "hf"
     template = _text(results, "chat_template", file)
     return {
-        "model": _text(results, "model_name", file) or arguments.get("pretrained") or str(file.parent),
+        "model": arguments.get("pretrained") or _text(config, "model", file) or str(file.parent),
         "weights_sha256": "",
         "tokenizer_sha256": "",
         "bos": None,
         "data": None,
         "max_length": _typed(results, "max_length", int, file),
         "dtype": dtype,
-        "score_dtype": _score_dtype(arguments, dtype) if source == "hf" else None,
-        "engine": "lm_eval" if source == "hf" else f"lm_eval {source}",
+        "score_dtype": _score_dtype(arguments, dtype) if backend == "hf" else None,
+        "engine": "lm_eval" if backend in ("hf", None) else f"lm_eval {backend}",
         "compat": _compat(version, arguments),
         "chat": _chat(results, template, file),
         "system_instruction": _text(results, "system_instruction", file),
@@ -88,11 +90,14 @@ def _model_arguments(config: dict[str, Any], file: Path) -> dict[str, str]:
     return {key: str(value) for key, value in given.items()}
 
 
-def _score_dtype(arguments: dict[str, str], dtype: str | None) -> str:
+def _score_dtype(arguments: dict[str, str], dtype: str | None) -> str | None:
+    """fp32, native, or None where the arguments are not told, as after a call from Python with a model."""
     given = arguments.get("softmax_dtype", "None").removeprefix("torch.")
-    if given == "None":
-        return "fp32" if dtype == "float32" else "native"
-    return "fp32" if given == "float32" else given
+    if "float32" in (given, dtype if given == "None" else ""):
+        return "fp32"
+    if not arguments:
+        return None
+    return "native" if given == "None" else given
 
 
 def _compat(version: str | None, arguments: dict[str, str]) -> str | None:

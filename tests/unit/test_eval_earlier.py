@@ -195,7 +195,12 @@ def test_rows_of_several_ranks_are_put_in_order(tmp_path):
         ({"lm_eval_version": None}, {"compat": None}),
         ({"chat_template": "{{x}}", "chat_template_sha": "s", "fewshot_as_multiturn": True}, {"chat": "multi_turn"}),
         ({"chat_template": "{{x}}", "fewshot_as_multiturn": False}, {"chat": "single_turn"}),
-        ({"config": {"model_args": "pretrained=p,dtype=float16"}}, {"dtype": "float16", "score_dtype": "native"}),
+        ({"config": {"model": "hf", "model_args": "pretrained=p,dtype=float16"}}, {"dtype": "float16", "model": "p"}),
+        ({"config": {"model": "hf", "model_args": "pretrained=p,dtype=float16"}}, {"score_dtype": "native"}),
+        (
+            {"config": {"model": "a/path", "model_args": None, "model_dtype": "torch.bfloat16"}},
+            {"model": "a/path", "engine": "lm_eval", "dtype": "bfloat16", "score_dtype": None},
+        ),
         ({"config": {"model_dtype": "torch.float32"}}, {"dtype": "float32", "score_dtype": "fp32"}),
         ({"config": {"model": "vllm", "model_args": {}}}, {"engine": "lm_eval vllm", "score_dtype": None}),
         (
