@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sft import __version__
 from sft.errors import UserError, run_command
+from sft.local_ranks import run_ranks
 from sft.ports import free_port
 from sft.supervisor import TRAINER, supervise
 
@@ -23,8 +24,8 @@ COMMANDS = {
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
     "blame": ("sft.blame", "the documents of an optimizer step, from their source files"),
     "export": ("sft.export", "checkpoint to verified Hugging Face folder"),
-    "eval": ("sft.eval.evaluate", "MMLU and HellaSwag scores of one model"),
-    "drift": ("sft.eval.drift", "base against tuned: what was forgotten, with statistics and a gate"),
+    "eval": ("sft.eval.evaluate", "MMLU and HellaSwag scores of one model (--ranks N)"),
+    "drift": ("sft.eval.drift", "base against tuned: what was forgotten, with statistics and a gate (--ranks N)"),
 }
 
 
@@ -49,6 +50,8 @@ def dispatch(argv: Sequence[str]) -> None:
         raise UserError(f"unknown command '{command}'; did you mean 'sft {near}'? See sft --help")
     elif command == "train":
         train(rest)
+    elif command in ("eval", "drift"):
+        evaluate(COMMANDS[command][0], rest)
     else:
         importlib.import_module(COMMANDS[command][0]).main(rest)
 
@@ -81,6 +84,26 @@ def train(argv: Sequence[str]) -> None:
     code = supervise([*launcher, "--module", TRAINER, *options], options, out, say, environment)
     if code:
         raise SystemExit(code)
+
+
+def evaluate(module: str, argv: Sequence[str]) -> None:
+    """Score in this process, or in a rank per GPU (or `--ranks N`) of this host."""
+    wanted, options = take_ranks(list(argv))
+    asks = {"-h", "--help", "--print-config", "--print-schema"} & set(options)
+    if {"-h", "--help"} & asks:
+        print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
+    ranks = 1 if asks or "RANK" in os.environ else wanted or _visible_gpus()
+    if ranks == 1:
+        importlib.import_module(module).main(options)
+    elif code := run_ranks(module, options, ranks):
+        raise SystemExit(code)
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs, 1 without one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Path]:

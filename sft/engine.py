@@ -95,15 +95,13 @@ def start_distributed() -> torch.device:
     """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    _prepare_deepspeed()
     # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
     if get_accelerator().device_name() == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl", timeout=GROUP_TIMEOUT, verbose=False)
         return device
-    _without_shm_op()
     deepspeed.init_distributed("gloo", timeout=GROUP_TIMEOUT, verbose=False)
     return torch.device("cpu")
 
@@ -153,7 +151,7 @@ def partition_for_inference(folder: str, *, dtype: torch.dtype, attention: str) 
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    _without_shm_op()
+    _prepare_deepspeed()
     deepspeed.init_distributed(verbose=False)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -224,8 +222,10 @@ def _load(config: RunConfig, settings: dict[str, Any], numerics: Numerics) -> Pa
     return model.to(numerics.device)
 
 
-def _without_shm_op() -> None:
-    """It would be compiled on first use; a build that is killed leaves a lock that hangs later starts."""
+def _prepare_deepspeed() -> None:
+    # DeepSpeed 0.19.8 calls collectives that torch 2.13 has renamed
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*")
+    # the shared-memory op would be compiled on first use; a build that is killed leaves a lock that hangs later starts
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -1,5 +1,6 @@
 """`sft eval`: MMLU and HellaSwag scores of one model."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sft.errors import run_command
 from sft.eval.options import EvalConfig
 from sft.eval.power import describe_power
 from sft.eval.ranks import read_place
@@ -44,3 +46,7 @@ def _table(tasks: dict[str, dict[str, Any]]) -> Table:
                 shown = "–" if error is None else f"{100 * error:.2f}"
                 table.add_row(task, f"{result['n']:,}", f"acc{suffix}", f"{100 * result[f'acc{suffix}']:.2f}", shown)
     return table
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
