@@ -103,3 +103,27 @@ def test_limit_keeps_the_draws():
 def test_too_small_a_pool_is_an_error(train):
     with pytest.raises(UserError, match=r"--shots.hellaswag (2|is 2)"):
         build_items([row(ctx_a="Asked.")], train, 2, None)
+
+
+def test_ranks_have_generators_of_their_own():
+    """Document i of a run on W ranks has the draw that document i // W has on one."""
+    train = [row(ctx_a=f"Train {number}.") for number in range(200)]
+    asked = [row(ctx_a=f"Asked {number}.") for number in range(7)]
+    alone = [item.shots for item in build_items(asked, train, 5, None)]
+    for world in (2, 3):
+        items = build_items(asked, train, 5, None, world=world)
+        assert [item.shots for item in items] == [alone[number // world] for number in range(7)]
+        assert build_items(asked, train, 5, 4, world=world) == items[:4]
+    assert len(set(alone)) == 7
+
+
+def test_a_fixed_draw_is_one_for_all_and_never_asked():
+    asked = [row(ctx_a=f"Asked {number}.") for number in range(6)]
+    train = [*asked[3:] * 30, *(row(ctx_a=f"Train {number}.") for number in range(5))]
+    items = build_items(asked, train, 5, None, draw="fixed")
+    assert len({item.shots for item in items}) == 1
+    assert sorted(question for question, _ in items[0].shots) == [f"Topic: Train {number}." for number in range(5)]
+    assert build_items(asked, train, 5, 2, draw="fixed") == items[:2]  # though row 3 is not asked then
+    assert build_items(asked, train, 5, None, draw="fixed", world=2) == items
+    with pytest.raises(UserError, match=r"only 5 rows that differ from the tested ones, --shots.hellaswag is 6"):
+        build_items(asked, train, 6, None, draw="fixed")
