@@ -299,6 +299,10 @@ def test_the_gate_goes_by_its_own_confidence():
     strict = report_of(2280, 40, 30, confidence=0.999)["gate"]
     assert strict["passed"] is False
     assert "99.9 % confidence" in strict["failed"][0]
+    shown = report_of(2280, 70, 30, rule="degradation")  # one-sided at 95 %; the two-sided interval reaches farther
+    assert shown["tasks"]["mmlu"]["upper_one_sided"] < -0.01 < shown["tasks"]["mmlu"]["interval"][1]
+    assert shown["gate"]["passed"] is False
+    assert report_of(2280, 70, 30, rule="degradation", confidence=0.999)["gate"]["passed"] is True
 
 
 def test_every_task_must_pass():
