@@ -1,5 +1,6 @@
 """Models that were scored before: results of `sft eval`, or lm_eval's samples; and whether two may be compared."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -101,18 +102,14 @@ def _read_task(folder: Path, task: str, stored: dict[str, Any]) -> tuple[list[Re
             raise UserError(f"{places[key]} and {place}: {_name(record)} twice; score the model again")
         places[key] = place
         records.append(record)
-    if not records or stored.get("n") != len(records):
+    if not records or stored.get("n") != len(records) or not isinstance(stored.get("records_sha256"), str):
         raise UserError(
             f"{file}: {len(records)} items, but results.json counts {show(stored.get('n'))}; score the model again"
         )
-    summary = summarize(task, records)
-    for metric in ("acc", "acc_norm"):
-        if metric in summary and stored.get(metric) != summary[metric]:
-            raise UserError(
-                f"{file}: {metric} of its items is {summary[metric]}, but results.json says "
-                f"{show(stored.get(metric))}: the files are of different runs; score the model again"
-            )
-    return records, {key: value for key, value in stored.items() if key not in summary}
+    if stored["records_sha256"] != hashlib.sha256(file.read_bytes()).hexdigest():
+        raise UserError(f"{file}: is not the file that results.json vouches for; score the model again")
+    known = {*summarize(task, records), "records_sha256"}
+    return records, {key: value for key, value in stored.items() if key not in known}
 
 
 def _record(row: dict[str, Any], task: str, place: str) -> Record:

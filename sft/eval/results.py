@@ -166,13 +166,18 @@ def write_results(out: Path, header: dict[str, Any], records: dict[str, list[Rec
     Raises:
         UserError: the folder cannot be written.
     """
-    tasks = {task: summarize(task, group) | header["tasks"][task] for task, group in records.items()}
+    texts = {task: "".join(json.dumps(asdict(record)) + "\n" for record in group) for task, group in records.items()}
+    tasks = {
+        task: summarize(task, group)
+        | header["tasks"][task]
+        | {"records_sha256": hashlib.sha256(texts[task].encode()).hexdigest()}
+        for task, group in records.items()
+    }
     results = {"header": {key: value for key, value in header.items() if key != "tasks"}, "tasks": tasks}
     make_folder(out)
     try:
-        for task, group in records.items():
-            lines = [json.dumps(asdict(record)) + "\n" for record in group]
-            write_atomically(out / f"items-{task}.jsonl", "".join(lines))
+        for task, text in texts.items():
+            write_atomically(out / f"items-{task}.jsonl", text)
         write_atomically(out / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None

@@ -113,9 +113,10 @@ def test_items_that_results_json_does_not_count_are_refused(tmp_path):
     flipped = {"lls": lls, "pred": wrong, "pred_norm": wrong}
     right = {"correct": wrong == rows[0]["gold"], "correct_norm": wrong == rows[0]["gold"]}
     write_lines(file, [rows[0] | flipped | right, *rows[1:]])
-    with pytest.raises(
-        UserError, match=r"acc of its items is .*, but results.json says .*: the files are of different"
-    ):
+    with pytest.raises(UserError, match=r"items-mmlu.jsonl: is not the file that results.json vouches for"):
+        read_scored(tmp_path, BOTH)
+    write_lines(file, [rows[0] | {"gap": rows[0]["gap"] + 1}, *rows[1:]])  # accuracies as before
+    with pytest.raises(UserError, match=r"items-mmlu.jsonl: is not the file that results.json vouches for"):
         read_scored(tmp_path, BOTH)
 
 
