@@ -58,7 +58,7 @@ def test_both_have_learned_the_task_and_one_table_shows_all_three_models(demo):
     base, replay, plain = report(demo, "drift-replay")["models"]
     assert base["heldout_loss"] > 3
     for tuned in (replay, plain):
-        assert tuned["heldout_loss"] < 0.5
+        assert tuned["heldout_loss"] < 1
         assert tuned["tasks"].keys() == base["tasks"].keys() == {"mmlu", "hellaswag"}
     assert replay["tasks"]["hellaswag"]["value"] > plain["tasks"]["hellaswag"]["value"]
     assert plain["tasks"]["hellaswag"]["verdict"].startswith("degraded")
