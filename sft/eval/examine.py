@@ -85,7 +85,7 @@ def examine(
                 model, prepared.tokenizer, prompts, options.answers, ranks, lockstep=prepared.is_partitioned
             )
         if "noise" in missing:
-            found["noise"] = measure_noise(prepared, model, options, ranks, scored.records, options.noise_items)
+            found["noise"] = measure_noise(prepared, model, options, ranks, scored, options.noise_items)
     ranks.on_first(lambda: _write(out / EXTRAS, keys, found))
     return _examined(scored, found)
 

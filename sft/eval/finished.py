@@ -57,19 +57,30 @@ def read_identity(file: Path) -> dict[str, Any]:
     raise UserError(f"{file}: cannot be read; remove the folder {file.parent}, or choose another --out")
 
 
-def check_same(earlier: dict[str, Any], now: dict[str, Any], what: str) -> None:
+def check_same(earlier: dict[str, Any], now: dict[str, Any], what: str, within: str = "") -> None:
     """Refuse to go on with scores that were made otherwise.
 
+    Args:
+        earlier: identity of the scores at hand.
+        now: identity of those that are wanted.
+        what: beginning of the message.
+        within: where in the identity both are, "" or "tasks.".
+
     Raises:
-        UserError: naming the first setting that differs, and both values.
+        UserError: naming the first setting that differs, and both values. What a user can set comes before the
+            digests that follow from it.
     """
-    for key in sorted(earlier.keys() | now.keys()):
+
+    def rank(key: str) -> tuple[bool, bool, str]:
+        return isinstance(now.get(key), dict), key.endswith("_sha256"), key
+
+    for key in sorted(earlier.keys() | now.keys(), key=rank):
         before, after = earlier.get(key), now.get(key)
         if before != after:
             if isinstance(before, dict) and isinstance(after, dict):
-                check_same(before, after, what)
+                check_same(before, after, what, f"{within}{key}.")
             raise UserError(
-                f"{what} with other settings: {key} was {_show(before)}, is {_show(after)}; "
+                f"{what} with other settings: {within}{key} was {_show(before)}, is {_show(after)}; "
                 "choose another --out, or remove that folder"
             )
 
@@ -127,4 +138,6 @@ class Kept:
 
 
 def _show(value: Any) -> str:
-    return "not given" if value is None else str(value)[:60]
+    if value is None or isinstance(value, dict):
+        return "not given" if value is None else "given"
+    return str(value)[:60]

@@ -7,14 +7,14 @@ import numpy as np
 from sft.eval.finished import Kept
 from sft.eval.options import ScoreOptions
 from sft.eval.ranks import Ranks
-from sft.eval.results import HEADLINE, Record, make_records
+from sft.eval.results import HEADLINE, Record, Scored, make_records
 from sft.eval.run import SIGNIFICAND_BITS, Prepared, plan
 from sft.eval.score import score_requests
 from sft.eval.tasks.item import NUM_CHOICES
 
 
 def measure_noise(
-    prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, records: dict[str, list[Record]], count: int
+    prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, scored: Scored, count: int
 ) -> dict[str, dict[str, Any]]:
     """Ask `count` items of each task, spread evenly, once more with half the tokens in a batch. Collective.
 
@@ -34,7 +34,7 @@ def measure_noise(
         requests = [asked.requests[NUM_CHOICES * item + choice] for item in chosen for choice in range(NUM_CHOICES)]
         scores = score_requests(
             model,
-            plan(requests, prepared.max_length, halved, "plain" if options.engine == "plain" else "packed"),
+            plan(requests, prepared.max_length, halved, scored.header["engine"]),
             len(requests),
             ranks=ranks,
             native=options.score_dtype == "native",
@@ -44,7 +44,7 @@ def measure_noise(
         )
         prompts = [asked.prompts[item] for item in chosen]
         again = make_records([items[item] for item in chosen], prompts, scores, SIGNIFICAND_BITS[prepared.dtype])
-        before = [records[task][item] for item in chosen]
+        before = [scored.records[task][item] for item in chosen]
         changed = [_choice(one) != _choice(other) for one, other in zip(before, again, strict=True)]
         largest = max(np.abs(np.subtract(one.lls, other.lls)).max() for one, other in zip(before, again, strict=True))
         noise[task] = {

@@ -106,8 +106,7 @@ def prepare(folder: str, questions: Questions, options: ScoreOptions, ranks: Ran
     config = weights.read_config(folder)  # first: the tokenizer's loader reads it too, and would be blamed for it
     tokenizer = load_tokenizer(folder)
     max_length = weights.read_max_length(config, tokenizer.hf)
-    ranks.on_first(lambda: _tokenise(questions, tokenizer, max_length, options))  # the others find the ids in the cache
-    asked = _tokenise(questions, tokenizer, max_length, options)
+    asked: dict[str, TokenRequests] = ranks.on_first(lambda: _tokenise(questions, tokenizer, max_length, options))
     digest = ranks.on_first(lambda: weights.digest_weights(folder))
     placement = weights.choose_placement(options.placement, folder, ranks)
     header = describe_setting(folder, tokenizer, options, ranks) | {

@@ -108,10 +108,10 @@ def compare_engines(
         lls.append(_scatter(parts, len(sample))[0])
     constant, per_token = PROBE_LIMIT[model.dtype]
     limits = constant + per_token * np.array([len(request.cont_ids) for request in sample])
-    differences = np.abs(lls[0] - lls[1])
-    worst = int(np.argmax(np.where(np.isfinite(differences), differences / limits, np.inf)))
-    # NaN passes here: it is not a matter of the engine, and score_requests refuses it by its right name
-    found = np.array([np.nan_to_num(differences[worst]), limits[worst]])
+    # where plain rows give NaN it is no matter of the engine, and score_requests refuses it by its right name
+    differences = np.where(np.isfinite(lls[0]), np.nan_to_num(np.abs(lls[0] - lls[1]), nan=np.inf), 0.0)
+    worst = int(np.argmax(differences / limits))
+    found = np.array([differences[worst], limits[worst]])
     together = torch.from_numpy(found).to(ranks.device)
     if ranks.world > 1:
         dist.all_reduce(together, op=dist.ReduceOp.MAX)

@@ -20,7 +20,8 @@ import numpy as np
 from sft.eval.requests import Request
 
 TREE_TOKENS = 512
-"""Trees grow up to this: larger ones share more and fill batches better, but attention inside a tree is dense."""
+"""Trees grow up to this, behind what all their rows begin with: larger ones share more and fill batches better, but
+attention inside a tree is dense."""
 MIN_PREFIX = 48
 """A shorter common beginning is computed again in every tree rather than by a forward of its own."""
 KV_PER_TOKEN = 8
@@ -203,6 +204,11 @@ class _Family:
         between = int(self.shared[low + 1 : high].min()) if high - low > 1 else len(self.ids[low])
         return min(between, *self.sharable[low:high])
 
+    def is_tree(self, low: int, high: int, prefix: int) -> bool:
+        """Whether these rows are one tree behind a prefix. What all of them begin with does not count: it would be
+        computed again in each part of a tree that is cut."""
+        return high - low == 1 or self.size(low, high, max(prefix, self.common(low, high))) <= TREE_TOKENS
+
     def branches(self, low: int, high: int, depth: int) -> list[tuple[int, int]]:
         """Runs of rows that stay together beyond `depth`."""
         cuts = [low, *(low + 1 + np.flatnonzero(self.shared[low + 1 : high] <= depth)).tolist(), high]
@@ -218,9 +224,9 @@ def _families(family: _Family, low: int, high: int) -> list[tuple[int, list[tupl
         if low == high:
             continue
         prefix = family.common(low, high)
-        if high - low == 1 or family.size(low, high, 0) <= TREE_TOKENS:
+        if family.is_tree(low, high, 0):
             found.append((0, [(low, high)]))
-        elif prefix >= MIN_PREFIX and family.size(low, high, prefix) > TREE_TOKENS:
+        elif prefix >= MIN_PREFIX:
             found.append((prefix, _pieces(family, low, high, prefix)))
         else:
             depth = int(family.shared[low + 1 : high].min())
@@ -233,7 +239,7 @@ def _pieces(family: _Family, low: int, high: int, prefix: int) -> list[tuple[int
     depth = int(family.shared[low + 1 : high].min()) if high - low > 1 else 0
     pieces: list[tuple[int, int]] = []
     for start, stop in family.branches(low, high, depth):
-        if family.size(start, stop, prefix) > TREE_TOKENS and stop - start > 1:
+        if not family.is_tree(start, stop, prefix):
             pieces += _pieces(family, start, stop, prefix)
         elif pieces and pieces[-1][1] == start and family.size(pieces[-1][0], stop, prefix) <= TREE_TOKENS:
             pieces[-1] = (pieces[-1][0], stop)

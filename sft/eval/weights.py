@@ -99,6 +99,7 @@ def open_model(folder: str, dtype: torch.dtype, placement: str, ranks: Ranks) ->
         UserError: config or weights are missing, torn, pickled, or do not fit each other.
     """
     read_config(folder)
+    gc.collect()  # the model before this one takes the same memory, and its caller may have named it until now
     engine = None
     if placement == "zero3":
         from sft.engine import partition_for_inference
@@ -113,4 +114,3 @@ def open_model(folder: str, dtype: torch.dtype, placement: str, ranks: Ranks) ->
         if engine is not None:
             engine.destroy()
         del model, engine
-        gc.collect()  # the next model takes the same memory
