@@ -1,5 +1,6 @@
 """`sft drift`: what a model forgot. Base and tuned on the same items, a report, and a gate."""
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -7,20 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from sft.errors import GateFailed, UserError, run_command
 from sft.eval.answers import Prompt, load_prompts
 from sft.eval.compare import Side, compare
-from sft.eval.earlier import check_same_items, kind_of
+from sft.eval.earlier import check_same_items, kind_of, read_scored
 from sft.eval.examine import Examined, examine, read_earlier
 from sft.eval.options import DriftConfig
 from sft.eval.page import to_html
 from sft.eval.plots import write_plots
 from sft.eval.ranks import Ranks, join_ranks
 from sft.eval.report import gate_line, models_table, to_markdown, to_table
-from sft.eval.results import make_folder, write_atomically
-from sft.eval.run import Prepared, check_comparable, check_reusable, load_items, prepare, tell
+from sft.eval.results import Scored, Scores, make_folder, make_records, write_atomically
+from sft.eval.run import Prepared, check_comparable, check_reusable, describe, load_items, prepare, tell
+from sft.eval.tasks.item import NUM_CHOICES
 from sft.settings import load
 
 LOG_WIDTH = 100
@@ -41,6 +44,8 @@ def main(argv: Sequence[str]) -> None:
     with join_ranks() as ranks:
         prompts = load_prompts(options.answers)
         sides = _open_sides(options, ranks)
+        if ranks.rank == 0 and (models := [side.prepared for side in sides if side.prepared]):
+            tell(describe(models[0]))  # the others are asked the same
         examined = [
             read_earlier(Path(side.folder), options.tasks, ranks)
             if side.prepared is None
@@ -90,7 +95,25 @@ def _open_sides(options: DriftConfig, ranks: Ranks) -> list[_Opened]:
     for other in others:
         check_comparable(first, other)
     ranks.on_first(lambda: check_reusable({Path(options.out) / place: one for place, one in prepared.items()}))
+    for place, folder in folders.items():
+        if not is_model[place]:
+            ranks.on_first(functools.partial(_check_earlier, Path(folder), first, options.tasks))
     return [_Opened(folder, place, prepared.get(place)) for place, folder in folders.items()]
+
+
+def _check_earlier(folder: Path, prepared: Prepared, tasks: Sequence[str]) -> None:
+    """Refuse, before hours are spent, scores that could not be compared with those of a model.
+
+    Raises:
+        UserError: the scores are damaged, or of other settings, items, prompts or token ids.
+    """
+    known = read_scored(folder, tasks)
+    unknown = {
+        task: make_records(items, prepared.asked[task].prompts, Scores(*np.zeros((2, len(items), NUM_CHOICES))), 24)
+        for task, items in prepared.questions.items.items()
+    }
+    header = prepared.header | {"engine": known.header.get("engine")}  # which one it will be shows on the loaded model
+    check_same_items(known, Scored(header, unknown, {}), str(folder), prepared.folder)
 
 
 def _compare(

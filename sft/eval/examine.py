@@ -18,7 +18,7 @@ from sft.eval.noise import measure_noise
 from sft.eval.options import DriftConfig
 from sft.eval.ranks import Ranks
 from sft.eval.results import Scored, write_atomically
-from sft.eval.run import Prepared, describe, read_finished, score, tell
+from sft.eval.run import Prepared, read_finished, score, tell
 from sft.eval.weights import open_model
 
 EXTRAS = "extras.json"
@@ -59,8 +59,6 @@ def examine(
     Raises:
         UserError: the model, the held-out shards or `out` cannot be used.
     """
-    if ranks.rank == 0:
-        tell(describe(prepared))
     keys = _keys(prepared, options, prompts, noise)
     scored = ranks.on_first(lambda: read_finished(out, prepared))
     found: dict[str, Any] = ranks.on_first(lambda: _read(out / EXTRAS, keys)) if scored is not None else {}
@@ -69,6 +67,8 @@ def examine(
         if ranks.rank == 0:
             tell([f"{prepared.folder}: {out} holds its scores already"])
         return _examined(scored, found)
+    if scored is None:
+        ranks.on_first(lambda: (out / EXTRAS).unlink(missing_ok=True))  # of scores that somebody removed
     with open_model(prepared.folder, prepared.dtype, prepared.header["placement"], ranks) as model:
         scored = scored or score(prepared, model, options, ranks, out)
         if "heldout_loss" in missing:
