@@ -174,6 +174,7 @@ def header(model: str, tasks: dict[str, int], digest: str) -> dict[str, Any]:
         "dtype": "bf16",
         "score_dtype": "fp32",
         "engine": "packed",
+        "fallback": None,
         "compat": "lm_eval>=0.4.9.2",
         "chat": "none",
         "system_instruction": None,

@@ -10,6 +10,8 @@ from sft.eval.wording import points, task_name
 
 TICKS = 5
 """Labels on an axis, about."""
+NUDGE = 0.8
+"""Per cent of the width by which the curves of two tasks stand apart, so that equal points do not hide each other."""
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -92,8 +94,7 @@ def curve(report: dict[str, Any]) -> str:
     ends = [end for place in gains for task in tasks for end in models[place]["tasks"][task]["interval"]]
     across, up = Axis([0.0, *gains.values()]), Axis([0.0, -report["margin"], *ends])
     series = [
-        _series(f"line{k}", task, {place: models[place] for place in gains}, gains, across, up)
-        for k, task in enumerate(tasks)
+        _series(k, task, {place: models[place] for place in gains}, gains, across, up) for k, task in enumerate(tasks)
     ]
     keys = " ".join(f'<span class="key line{k}">{task_name(task)}</span>' for k, task in enumerate(tasks))
     lines = (
@@ -111,15 +112,16 @@ def curve(report: dict[str, Any]) -> str:
 
 
 def _series(
-    style: str, task: str, models: dict[int, dict[str, Any]], gains: dict[int, float], across: Axis, up: Axis
+    order: int, task: str, models: dict[int, dict[str, Any]], gains: dict[int, float], across: Axis, up: Axis
 ) -> tuple[str, str]:
-    """(shapes, numbered spots) of one task's curve, which begins at the base."""
+    """(shapes, numbered spots) of one task's curve, which begins at the base; a nudge apart from the other task's."""
+    style, nudge = f"line{order}", NUDGE * (2 * order - 1)
     ends = [(0.0, 0.0), *((gains[place], model["tasks"][task]["delta"]) for place, model in models.items())]
-    line = " ".join(f"{across.place(x):.2f},{100 - up.place(y):.2f}" for x, y in sorted(ends))
+    line = " ".join(f"{across.place(x) + nudge:.2f},{100 - up.place(y):.2f}" for x, y in sorted(ends))
     shapes = [f'<polyline class="{style}" points="{line}" vector-effect="non-scaling-stroke"/>']
     spots = []
     for place, model in models.items():
-        row, x = model["tasks"][task], across.place(gains[place])
+        row, x = model["tasks"][task], across.place(gains[place]) + nudge
         low, high = (100 - up.place(end) for end in row["interval"])
         shapes.append(
             f'<path class="{style} error" d="M{x:.2f},{low:.2f}V{high:.2f}" vector-effect="non-scaling-stroke"/>'

@@ -23,6 +23,7 @@ PROVENANCE = (
     "dtype",
     "score_dtype",
     "engine",
+    "fallback",
     "tokens_per_batch",
     "batch_size",
     "compat",

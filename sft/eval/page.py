@@ -98,7 +98,7 @@ def _reach(report: dict[str, Any]) -> list[str]:
     unseen = [
         f"{percent(result['power']['mde'])} points on {task_name(task)}"
         for task, result in report["tasks"].items()
-        if result["power"]["mde"] is not None
+        if result["power"]["mde"] is not None and result["changed"]
     ]
     lines = []
     if unseen:

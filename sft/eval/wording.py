@@ -186,6 +186,8 @@ def meaning(report: dict[str, Any], task: str) -> list[str]:
             f"Noise: asked again in other batches, the base changed {count(noise['flips'])} of {count(noise['items'])} "
             f"answers ({percent(noise['rate'])} %); its log-likelihoods moved by at most {noise['max_abs_ll']:.3g}."
         )
+    if not changed:
+        return lines  # figures of power go by the flips, and there are none
     if power["mde"] is not None:
         lines.append(
             f"What could not have been seen: a true change smaller than {percent(power['mde'])} points goes unnoticed "
