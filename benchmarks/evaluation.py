@@ -9,9 +9,9 @@ hub (cais/mmlu, Rowan/hellaswag, each a README.md with `configs:`), which lm_eva
 --model a random Llama is made. Both compute in fp32 with as many threads on as many cores.
 
 Ours is shown with an empty cache of token ids, which is what the ratios take, and with a full one, as the second model
-of a comparison finds it. lm_eval keeps its data sets from an earlier run, and its fastest batch size counts. Each figure
-is the median of --repeats runs; CPU seconds say more than wall time where the machine is shared. It needs lm_eval
-(pip install lm_eval).
+of a comparison finds it. lm_eval keeps its data sets from an earlier run, and its fastest batch size counts. Figures
+are medians over --repeats runs; CPU seconds say more than wall time where the machine is shared. It needs lm_eval (pip
+install lm_eval).
 """
 
 import argparse
