@@ -1,7 +1,7 @@
 """`sft demo`: the whole pipeline on a closed world that it makes itself, on CPU ranks, in a few minutes.
 
     world ─► tokenizer ─► base model (reads the corpus) ─┬─► fine-tuned on Alpaca rows ─────────────┬─► drift reports
-                                                         └─► on these rows and some of the corpus ──┘
+                                                         └─► on these rows and the corpus again ────┘
 
 Every step is the command that a user would type, and it is printed. The models are real and tiny; the scores
 measure memory of the invented corpus, nothing else (see sft.demo.world).
@@ -64,10 +64,11 @@ def main(argv: Sequence[str]) -> None:
     chapter("4. What did it forget? The gate allows five points")
     console.print(_gate_in_words(_drift(out, base, [tuned], out / "drift")), markup=False)
 
-    chapter("5. The same fine-tuning, with some of the corpus replayed")
+    chapter("5. The same fine-tuning, with the corpus replayed beside it")
     rehearsal = {**corpus, "role": "replay", "ratio": world.REPLAY_RATIO}
     _prepare([rows, rehearsal], base, out / "replay-packs", heldout=world.HELDOUT)
-    _train(base, out / "replay-packs", out / "replay-run", naming, config.ranks)
+    longer = naming | {"train.max_steps": world.REPLAY_STEPS}
+    _train(base, out / "replay-packs", out / "replay-run", longer, config.ranks)
 
     chapter("6. What did that one forget?")
     console.print(_gate_in_words(_drift(out, base, [replayed, tuned], out / "drift-replay")), markup=False)
