@@ -18,7 +18,7 @@ from sft.eval.earlier import check_same_items, kind_of, read_scored
 from sft.eval.examine import Examined, examine, read_earlier
 from sft.eval.options import DriftConfig
 from sft.eval.page import to_html
-from sft.eval.plots import write_plots
+from sft.eval.plots import PLOT_FILES, write_plots
 from sft.eval.ranks import Ranks, join_ranks
 from sft.eval.report import gate_line, models_table, to_markdown, to_table
 from sft.eval.results import Scored, Scores, make_folder, make_records, write_atomically
@@ -145,7 +145,8 @@ def _short_names(folders: Sequence[str]) -> list[str]:
 def _write(out: Path, report: dict[str, Any]) -> None:
     """The pages, the plots and, last, drift.json, which vouches for them."""
     try:
-        (out / "drift.json").unlink(missing_ok=True)
+        for name in ("drift.json", *PLOT_FILES):  # drift.json vouches for the rest; other models, other plots
+            (out / name).unlink(missing_ok=True)
         write_atomically(out / "drift.md", to_markdown(report))
         write_atomically(out / "drift.html", to_html(report))
         write_plots(report, out)
@@ -158,9 +159,11 @@ def _show(out: Path, report: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    console.print(to_table(report))
-    if len(report["models"]) > 2:
-        console.print(models_table(report))
+    with console.capture() as shown:  # rich would end the process where the reader has left
+        console.print(to_table(report))
+        if len(report["models"]) > 2:
+            console.print(models_table(report))
+    print(shown.get(), end="")
     tell([gate_line(report), f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
 
 

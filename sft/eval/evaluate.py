@@ -30,7 +30,10 @@ def main(argv: Sequence[str]) -> None:
     scored = score_model(options.model, options)
     if read_place()[0] != 0:
         return
-    Console().print(_table({task: summarize(task, records) for task, records in scored.records.items()}))
+    console = Console()
+    with console.capture() as shown:  # rich would end the process where the reader has left
+        console.print(_table({task: summarize(task, records) for task, records in scored.records.items()}))
+    print(shown.get(), end="")
     if options.limit is not None:
         fewest = min(len(records) for records in scored.records.values())
         tell(describe_power(fewest, FLIP_RATES))

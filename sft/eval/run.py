@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sft.errors import UserError
 from sft.eval import earlier, weights
@@ -224,8 +223,8 @@ def score_model(folder: str, options: ScoreOptions) -> Scored:
 
 def tell(lines: Sequence[str]) -> None:
     """Print lines as they are."""
-    if lines:
-        Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    for line in lines:
+        print(line, flush=True)
 
 
 def _shots(task: str, shots: ShotsSection) -> dict[str, Any]:
