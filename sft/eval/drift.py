@@ -17,10 +17,10 @@ from sft.eval.compare import Side, compare
 from sft.eval.earlier import check_same_items, kind_of, read_scored
 from sft.eval.examine import Examined, examine, read_earlier
 from sft.eval.options import DriftConfig
-from sft.eval.page import to_html
-from sft.eval.plots import PLOT_FILES, write_plots
 from sft.eval.ranks import Ranks, join_ranks
-from sft.eval.report import gate_line, models_table, to_markdown, to_table
+from sft.eval.report.markdown import gate_line, models_table, to_markdown, to_table
+from sft.eval.report.page import to_html
+from sft.eval.report.plots import PLOT_FILES, write_plots
 from sft.eval.results import Scored, Scores, make_folder, make_records, write_atomically
 from sft.eval.run import Prepared, check_comparable, check_reusable, describe, load_items, prepare, tell
 from sft.eval.tasks.item import NUM_CHOICES

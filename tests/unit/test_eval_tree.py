@@ -1,4 +1,4 @@
-"""Plans of both engines: every request once, its own input along the branch. Run: pytest tests/unit/test_eval_tree.py"""
+"""Plans of both engines: every request once, its input along its branch. Run: pytest tests/unit/test_eval_tree.py"""
 
 import random
 from contextlib import contextmanager
@@ -94,9 +94,9 @@ def test_order_and_repetition_of_requests_do_not_matter(requests, rng, budget):
     rng.shuffle(shuffled)
     with small():
         layouts = [
-            [(one.prefix.tolist(), each.ids.tolist(), each.depth.tolist(), each.end.tolist()) for one, each in trees_of(bins)]
+            [[part.tolist() for part in (one.prefix, each.ids, each.depth, each.end)] for one, each in trees_of(bins)]
             for bins in (plan_packed(distinct_rows(asked, 100), budget) for asked in (requests, shuffled))
-        ]  # fmt: skip
+        ]
     assert layouts[0] == layouts[1]
 
 
