@@ -1,6 +1,5 @@
 """What scores depend on: written beside them, compared before anything is resumed, reused or reported."""
 
-import hashlib
 import platform
 from importlib.metadata import version
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 import sft
 from sft.eval.options import ScoreOptions
 from sft.eval.ranks import Ranks
+from sft.eval.requests import digest_template
 from sft.eval.weights import ATTENTION
 from sft.pretrained import choose_dtype
 from sft.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def describe_setting(folder: str, tokenizer: Tokenizer, options: ScoreOptions, r
         "tokenizer_sha256": tokenizer.digest,
         "bos": list(tokenizer.bos),
         "chat": options.chat,
-        "chat_template_sha256": _digest_template(tokenizer) if options.chat != "none" else None,
+        "chat_template_sha256": digest_template(tokenizer) if options.chat != "none" else None,
         "system_instruction": options.system_instruction,
         "compat": options.compat,
         "engine": options.engine,
@@ -58,7 +58,3 @@ def identity(header: dict[str, Any]) -> dict[str, Any]:
         for task, facts in header["tasks"].items()
     }
     return kept
-
-
-def _digest_template(tokenizer: Tokenizer) -> str:
-    return hashlib.sha256(str(tokenizer.hf.chat_template).encode()).hexdigest()

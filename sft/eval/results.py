@@ -147,12 +147,18 @@ def summarize(task: str, records: Sequence[Record]) -> dict[str, Any]:
         by_subject[record.subject].append(record)
         if category := category_of(record.subject):
             by_category[category].append(record)
-    pooled = pooled_stderr([[record.correct for record in group] for group in by_subject.values()])
-    return _accuracy(records) | {
-        "stderr_pooled": pooled,
-        "categories": {name: _accuracy(group) for name, group in sorted(by_category.items())},
+    return _group_accuracy(records) | {
+        "categories": {name: _group_accuracy(group) for name, group in sorted(by_category.items())},
         "subjects": {name: _accuracy(group) for name, group in sorted(by_subject.items())},
     }
+
+
+def _group_accuracy(records: Sequence[Record]) -> dict[str, Any]:
+    """Of several subjects: also the standard error that lm_eval prints for a group."""
+    by_subject: dict[str, list[bool]] = defaultdict(list)
+    for record in records:
+        by_subject[record.subject].append(record.correct)
+    return _accuracy(records) | {"stderr_pooled": pooled_stderr(list(by_subject.values()))}
 
 
 def _accuracy(records: Sequence[Record], suffix: str = "") -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from sft.eval.page import to_html
-from sft.eval.wording import MARKS, p_value
+from sft.eval.report.page import to_html
+from sft.eval.report.wording import MARKS, p_value
 from tests import drift_report
 from tests.unit.test_eval_report import read_png
 

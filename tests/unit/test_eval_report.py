@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sft.eval import grids
-from sft.eval.plots import PLOT_FILES, write_plots
-from sft.eval.report import gate_line, models_table, to_markdown, to_table
-from sft.eval.wording import MARKS, SENTENCES, TONES, p_value, points, verdict_sentences
+from sft.eval.report import grids
+from sft.eval.report.markdown import gate_line, models_table, to_markdown, to_table
+from sft.eval.report.plots import PLOT_FILES, write_plots
+from sft.eval.report.wording import MARKS, SENTENCES, TONES, p_value, points, verdict_sentences
 from tests import drift_report
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft.eval.wording import count, interval, margin_words, number, p_value, percent, points, task_name
+from sft.eval.report.wording import count, interval, margin_words, number, p_value, percent, points, task_name
 
 SHIFT_NAMES = {
     "margin": "margin of the right answer",

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sft.eval.grids import known_gains
-from sft.eval.wording import points, task_name
+from sft.eval.report.grids import known_gains
+from sft.eval.report.wording import points, task_name
 
 TICKS = 5
 """Labels on an axis, about."""

@@ -6,9 +6,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sft.eval import grids
-from sft.eval.grids import Grid
-from sft.eval.wording import HOW_TO_READ, gate_line, meaning, task_name, verdict_sentences
+from sft.eval.report import grids
+from sft.eval.report.grids import Grid
+from sft.eval.report.wording import HOW_TO_READ, gate_line, meaning, task_name, verdict_sentences
 
 TERMINAL = {"base %": "base", "tuned %": "tuned", "Δ points": "Δ", "held-out loss": "loss"}
 """Shorter headings, so that the tables fit a terminal of 100 columns."""

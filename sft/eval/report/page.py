@@ -5,9 +5,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sft.eval import charts, grids
-from sft.eval.grids import Grid
-from sft.eval.wording import (
+from sft.eval.report import charts, grids
+from sft.eval.report.grids import Grid
+from sft.eval.report.wording import (
     HOW_TO_READ,
     MARKS,
     TONES,

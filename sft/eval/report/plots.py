@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.eval.grids import known_gains
+from sft.eval.report.grids import known_gains
+from sft.eval.report.wording import margin_words, task_name
 from sft.eval.results import HEADLINE
-from sft.eval.wording import margin_words, task_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
