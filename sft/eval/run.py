@@ -1,5 +1,6 @@
 """From options and a model folder to records on disk: what `sft eval` and `sft drift` share."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -223,8 +224,8 @@ def score_model(folder: str, options: ScoreOptions) -> Scored:
 
 def tell(lines: Sequence[str]) -> None:
     """Print lines as they are."""
-    for line in lines:
-        print(line, flush=True)
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
 
 
 def _shots(task: str, shots: ShotsSection) -> dict[str, Any]:
