@@ -17,6 +17,7 @@ from sft.eval.compare import Side, compare
 from sft.eval.earlier import check_same_items, kind_of, read_scored
 from sft.eval.examine import Examined, examine, read_earlier
 from sft.eval.options import DriftConfig
+from sft.eval.power import describe_power
 from sft.eval.ranks import Ranks, join_ranks
 from sft.eval.report.markdown import gate_line, models_table, to_markdown, to_table
 from sft.eval.report.page import to_html
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         if ranks.rank == 0:
             report = _compare(sides, examined, options, prompts)
             _write(out, report)
-            _show(out, report)
+            _show(out, report, options.limit is not None)
             if report["gate"]["failed"]:
                 raise GateFailed("; ".join(report["gate"]["failed"]))
 
@@ -155,7 +156,7 @@ def _write(out: Path, report: dict[str, Any]) -> None:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
 
 
-def _show(out: Path, report: dict[str, Any]) -> None:
+def _show(out: Path, report: dict[str, Any], is_limited: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -164,7 +165,18 @@ def _show(out: Path, report: dict[str, Any]) -> None:
         if len(report["models"]) > 2:
             console.print(models_table(report))
     print(shown.get(), end="")
+    if is_limited:
+        tell(_power_lines(report))
     tell([gate_line(report), f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
+
+
+def _power_lines(report: dict[str, Any]) -> list[str]:
+    """What so few items can show, by the flips that were seen: one at least, for none seen does not mean none."""
+    return [
+        f"{task}: {line}"
+        for task, row in report["tasks"].items()
+        for line in describe_power(row["n"], [max(row["power"]["flip_rate"], 1 / row["n"])], row["power"]["margin"])
+    ]
 
 
 if __name__ == "__main__":

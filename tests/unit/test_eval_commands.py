@@ -240,12 +240,15 @@ def test_another_gate_loads_no_model_and_another_model_only_itself(world, report
     assert [model["name"] for model in report_of(out)["models"]] == ["base", "tuned"]
 
 
-def test_results_of_sft_eval_stand_for_a_model(world, reported, loaded, tmp_path):
+def test_results_of_sft_eval_stand_for_a_model(world, reported, loaded, tmp_path, capsys):
     out, flags = reported[0], drift_flags(world, tmp_path)
     for side in ("base", "tuned"):
         flags[flags.index(f"--{side}") + 1] = str(out / side)
     drift.main(flags)
     assert loaded == []
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mmlu: with 16 items per task a drop below" in printed  # what --limit leaves
+    assert "hellaswag: with 9 items per task a drop below" in printed
     before, after = report_of(out), report_of(tmp_path)
     for task in before["tasks"]:
         assert after["tasks"][task]["metrics"] == before["tasks"][task]["metrics"]
