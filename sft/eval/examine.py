@@ -6,13 +6,14 @@ no model that has answered already.
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sft.errors import UserError
 from sft.eval import earlier
-from sft.eval.answers import Prompt, answer
+from sft.eval.answers import Prompt, answer, encode_prompts
 from sft.eval.gain import heldout_loss, open_heldout
 from sft.eval.noise import measure_noise
 from sft.eval.options import DriftConfig
@@ -41,6 +42,16 @@ def read_earlier(folder: Path, tasks: Sequence[str], ranks: Ranks) -> Examined:
         UserError: its files are damaged or lack a task.
     """
     return Examined(ranks.on_first(lambda: earlier.read_scored(folder, tasks)), None, None, None)
+
+
+def check_extras(prepared: Prepared, options: DriftConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts and held-out shards that a model cannot take before hours are spent on its scores.
+
+    Raises:
+        UserError: as `examine` for these two.
+    """
+    _keys(prepared, options, prompts, noise=False)
+    encode_prompts(prepared.config, prepared.tokenizer, prompts, options.answers)
 
 
 def examine(
@@ -81,13 +92,20 @@ def examine(
                 lockstep=prepared.is_partitioned,
             )
         if "answers" in missing:
-            found["answers"] = answer(
-                model, prepared.tokenizer, prompts, options.answers, ranks, lockstep=prepared.is_partitioned
-            )
+            found["answers"] = _answer(prepared, model, prompts, options, ranks)
         if "noise" in missing:
             found["noise"] = measure_noise(prepared, model, options, ranks, scored, options.noise_items)
     ranks.on_first(lambda: _write(out / EXTRAS, keys, found))
     return _examined(scored, found)
+
+
+def _answer(prepared: Prepared, model: Any, prompts: Sequence[Prompt], options: DriftConfig, ranks: Ranks) -> list[str]:
+    """On all ranks; what the first rank refuses is refused on all."""
+    asked = prepared.tokenizer, prompts, options.answers, ranks
+    if prepared.is_partitioned:
+        return answer(model, *asked, lockstep=True)
+    replies: list[str] = ranks.on_first(lambda: answer(model, *asked))
+    return replies
 
 
 def _examined(scored: Scored, found: dict[str, Any]) -> Examined:
@@ -117,6 +135,8 @@ def _read(file: Path, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _write(file: Path, keys: dict[str, Any], found: dict[str, Any]) -> None:
     kept = {name: {"of": key, "value": found[name]} for name, key in keys.items()}
+    with suppress(OSError, ValueError, TypeError):  # what only an earlier report asked for is still true of the scores
+        kept = json.loads(file.read_text(encoding="utf-8")) | kept
     try:
         write_atomically(file, json.dumps(kept, indent=2) + "\n")
     except OSError as error:

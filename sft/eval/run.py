@@ -1,5 +1,6 @@
 """From options and a model folder to records on disk: what `sft eval` and `sft drift` share."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -170,16 +171,20 @@ def score(prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, o
     for task, asked in prepared.asked.items():
         bins = plan(asked.requests, prepared.max_length, options, engine)
         started_s = time.monotonic()
-        scores = score_requests(
-            model,
-            bins,
-            len(asked.requests),
-            ranks=ranks,
-            native=options.score_dtype == "native",
-            lockstep=prepared.is_partitioned,
-            kept=Kept(out, task, ranks.rank),
-            label=f"{task}: {prepared.folder}",
-        )
+        try:
+            scores = score_requests(
+                model,
+                bins,
+                len(asked.requests),
+                ranks=ranks,
+                native=options.score_dtype == "native",
+                lockstep=prepared.is_partitioned,
+                kept=Kept(out, f"{task}-{engine}", ranks.rank),
+                label=f"{task}: {prepared.folder}",
+            )
+        except UserError:  # on all ranks: what is not finite is not worth keeping, and must not bind the next settings
+            ranks.on_first(lambda: close_unfinished(out))
+            raise
         bits = SIGNIFICAND_BITS[prepared.dtype]
         records[task] = make_records(prepared.questions.items[task], asked.prompts, scores, bits)
         header["tasks"][task] |= {
@@ -223,9 +228,12 @@ def score_model(folder: str, options: ScoreOptions) -> Scored:
 
 
 def tell(lines: Sequence[str]) -> None:
-    """Print lines as they are."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
+    """Print lines as they are. Where the reader has left, the scores, and the gate, are wanted all the same."""
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _shots(task: str, shots: ShotsSection) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from sft.eval.tasks.item import NUM_CHOICES
 from sft.eval.tree import Bin, deal, distinct_rows, plan_packed, plan_plain
 from sft.progress import track
 
-PROBE_ITEMS = 8
-"""Items in a row, so that they share what the real ones share."""
+PROBE_ROWS = 16
+"""Inputs of neighbouring items, which share what the real ones share: 16 questions, whose common prefix is kept, or
+four contexts with four endings each."""
 PROBE_LIMIT = {torch.float32: (1e-3, 0.0), torch.bfloat16: (0.2, 0.05), torch.float16: (0.05, 0.01)}
 """Largest difference between the engines in nats: a constant, and so much per scored token. A branch that sees its
 neighbour is off by whole nats; in bf16 another order of summation alone moves a token by a few hundredths."""
@@ -49,10 +50,12 @@ def score_requests(
         label: name of the progress bar.
 
     Raises:
-        UserError: a score is not finite, or the bins that were kept cannot be written.
+        UserError: a score is not finite.
+        OSError: finished bins cannot be kept.
     """
     done: dict[int, list[Answers]] = kept.read(bins) if ranks.rank == 0 else {}
-    todo = [index for index in range(len(bins)) if index not in set(ranks.from_first(sorted(done)))]
+    known = set(ranks.from_first(sorted(done)))
+    todo = [index for index in range(len(bins)) if index not in known]
     dealt = [[todo[place] for place in places] for places in deal([bins[index] for index in todo], ranks.world)]
     with closing(kept):
         for index in track(dealt[ranks.rank], label, visible=ranks.rank == 0):
@@ -97,25 +100,32 @@ def compare_engines(
 ) -> tuple[float, float]:
     """(largest difference between plain and packed, the limit) in nats, on a few items in the middle. Collective.
 
-    Every rank computes the same, so that a model in lock-step takes part; scores in fp32 whatever is chosen later.
+    Every rank computes the same, so that a model in lock-step takes part; scores in fp32 whatever is chosen later. A
+    model that cannot take the tree's mask, positions or kept keys at all differs by infinity.
     """
-    start = max(0, len(requests) // NUM_CHOICES // 2 - PROBE_ITEMS // 2) * NUM_CHOICES
-    sample = requests[start : start + PROBE_ITEMS * NUM_CHOICES]
+    start = max(0, len(requests) // NUM_CHOICES // 2 - PROBE_ROWS // 2) * NUM_CHOICES
+    stop = start + NUM_CHOICES
+    while stop < len(requests) and len(distinct_rows(requests[start:stop], max_length)) < PROBE_ROWS:
+        stop += NUM_CHOICES
+    sample = requests[start:stop]
     rows = distinct_rows(sample, max_length)
-    lls = []
-    for bins in (plan_plain(rows, tokens_per_batch, None), plan_packed(rows, tokens_per_batch)):
-        parts = [part for bin in bins for part in score_bin(model, bin, ranks.device, native=False)]
-        lls.append(_scatter(parts, len(sample))[0])
+    lls = [_score_alone(model, plan_plain(rows, tokens_per_batch, None), len(sample), ranks)]
+    try:
+        lls.append(_score_alone(model, plan_packed(rows, tokens_per_batch), len(sample), ranks))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        lls.append(np.full(len(sample), np.nan))
     constant, per_token = PROBE_LIMIT[model.dtype]
     limits = constant + per_token * np.array([len(request.cont_ids) for request in sample])
     # where plain rows give NaN it is no matter of the engine, and score_requests refuses it by its right name
     differences = np.where(np.isfinite(lls[0]), np.nan_to_num(np.abs(lls[0] - lls[1]), nan=np.inf), 0.0)
     worst = int(np.argmax(differences / limits))
-    found = np.array([differences[worst], limits[worst]])
-    together = torch.from_numpy(found).to(ranks.device)
+    found: list[Any] = [(float(differences[worst]), float(limits[worst]))] * ranks.world
     if ranks.world > 1:
-        dist.all_reduce(together, op=dist.ReduceOp.MAX)
-    return float(together[0]), float(together[1])
+        dist.all_gather_object(found, found[0])
+    difference, limit = max(found, key=lambda pair: pair[0] / pair[1])  # of one rank: the limits may differ, too
+    return difference, limit
 
 
 def check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
@@ -130,6 +140,12 @@ def check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
         raise UserError(
             f"the tokenizer gives id {largest}, the model has {rows} embeddings; is it the model's own tokenizer?"
         )
+
+
+def _score_alone(model: Any, bins: Sequence[Bin], count: int, ranks: Ranks) -> np.ndarray:
+    """Log-likelihoods by this rank, float64 [requests]."""
+    parts = [part for bin in bins for part in score_bin(model, bin, ranks.device, native=False)]
+    return _scatter(parts, count)[0]
 
 
 def _scatter(parts: Sequence[Answers], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
