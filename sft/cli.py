@@ -92,18 +92,25 @@ def evaluate(module: str, argv: Sequence[str]) -> None:
     asks = {"-h", "--help", "--print-config", "--print-schema"} & set(options)
     if {"-h", "--help"} & asks:
         print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
-    ranks = 1 if asks or "RANK" in os.environ else wanted or _visible_gpus()
+    ranks = 1 if asks or "RANK" in os.environ else _choose_ranks(wanted)
     if ranks == 1:
         importlib.import_module(module).main(options)
     elif code := run_ranks(module, options, ranks):
         raise SystemExit(code)
 
 
-def _visible_gpus() -> int:
-    """Number of GPUs, 1 without one."""
+def _choose_ranks(wanted: int | None) -> int:
+    """As many as wanted, else one per GPU; on CPU, where ranks share it, 1.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
     import torch
 
-    return max(1, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if wanted and 0 < gpus < wanted:
+        raise UserError(f"--ranks {wanted}: only {gpus} GPUs are visible here")
+    return wanted or max(1, gpus)
 
 
 def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Path]:

@@ -15,13 +15,15 @@ from sft.ports import free_port
 
 POLL_S = 0.1
 GRACE_S = 10.0
-"""Between asking the other ranks to end, after one has failed, and killing them."""
+"""After one rank has crashed: for the others to say why, or to end; then they are killed."""
 
 
 def run_ranks(module: str, options: Sequence[str], ranks: int) -> int:
-    """Run `python -m module options` as `ranks` processes of one group; returns 0 or the first failure's exit code.
+    """Run `python -m module options` as `ranks` processes of one group; returns 0, or the exit code of what went wrong.
 
-    A signal to this process ends them all; its number + 128 is then the code.
+    A rank that says what is wrong (a code above 1) is believed, and the others end at once: they would say the same, or
+    wait for it. A crash may be that another rank has left; it is the code where no rank says more. A signal to this
+    process ends them all; its number + 128 is then the code.
     """
     place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     place["MASTER_PORT"] = free_port()
@@ -36,18 +38,20 @@ def run_ranks(module: str, options: Sequence[str], ranks: int) -> int:
         for rank in range(ranks)
     ]
     with _noting_signals() as received:
-        while not received and any(process.poll() is None for process in processes):
+        while not received and None in [process.poll() for process in processes]:  # a list: every rank is looked at
             if any(process.returncode for process in processes):
                 break
             time.sleep(POLL_S)
-    if received:
+    failed = [process.returncode for process in processes if process.returncode]
+    if received or max(failed, default=0) > 1:
         for process in processes:
-            process.send_signal(received[0])
+            process.send_signal(received[0] if received else signal.SIGTERM)
     _end(processes)
-    codes = [process.returncode for process in processes if process.returncode]
     if received:
         return 128 + received[0]
-    return (codes[0] if codes[0] > 0 else 128 - codes[0]) if codes else 0
+    told = [process.returncode for process in processes if process.returncode and process.returncode > 1]
+    code = next(iter([*told, *failed]), 0)
+    return code if code >= 0 else 128 - code
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
