@@ -255,7 +255,7 @@ def _decide_task(task: str, row: dict[str, Any], gate: GateSection) -> tuple[boo
     seen = f"{task} {row['metric']} changed by {_points(row['delta'])} points on {row['n']:,} items"
     if row["verdict"] == "identical":
         return True, f"{seen}: not one score differs"
-    limit, at = f"a drop of {100 * allowed:.2f} points", f"at {100 * gate.confidence:g} % confidence"
+    limit, at = f"a drop of {100 * allowed:.2f} points", f"at {100 * gate.confidence:.6g} % confidence"
     lower, upper = row["lower_one_sided"], row["upper_one_sided"]
     if upper < -allowed:
         return False, f"{seen}: more than {limit} is shown (at best {_points(upper)} {at})"

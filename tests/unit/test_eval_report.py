@@ -13,7 +13,7 @@ from rich.console import Console
 from sft.eval.report import grids
 from sft.eval.report.markdown import gate_line, models_table, to_markdown, to_table
 from sft.eval.report.plots import PLOT_FILES, write_plots
-from sft.eval.report.wording import MARKS, SENTENCES, TONES, p_value, points, verdict_sentences
+from sft.eval.report.wording import MARKS, SENTENCES, TONES, gate_rule, p_value, points, verdict_sentences
 from tests import drift_report
 
 
@@ -158,6 +158,9 @@ def test_gate_line(full: dict[str, Any]) -> None:
     )
     report["gate"]["rule"] = "degradation"
     assert "rules none out" in gate_line(report)
+    report["gate"]["confidence"] = 0.975  # "98 %" would claim more than was asked for, at 0.995 even certainty
+    assert "(one-sided confidence 97.5 %)" in gate_line(report)
+    assert "(one-sided confidence 97.5 %)" in gate_rule(report)
 
 
 def test_numbers_are_never_minus_zero_nor_p_zero() -> None:

@@ -155,7 +155,7 @@ def gate_line(report: dict[str, Any]) -> str:
         return "No gate was set (--gate.max_drop)."
     if gate["failed"]:
         return f"Gate failed: {'; '.join(gate['failed'])}."
-    allowed, sure = f"{100 * gate['max_drop']:.2f} points", f"one-sided confidence {percent(gate['confidence'], 0)} %"
+    allowed, sure = _allowed(gate)
     if gate["rule"] == "non_inferiority":
         return f"Gate passed: on every task, a drop of {allowed} is ruled out ({sure})."
     return f"Gate passed: no task's drop is shown to be larger than {allowed} ({sure}); that rules none out."
@@ -164,10 +164,15 @@ def gate_line(report: dict[str, Any]) -> str:
 def gate_rule(report: dict[str, Any]) -> str:
     """What a gate that was set asks for."""
     gate = report["gate"]
-    allowed, sure = f"{100 * gate['max_drop']:.2f} points", f"one-sided confidence {percent(gate['confidence'], 0)} %"
+    allowed, sure = _allowed(gate)
     if gate["rule"] == "non_inferiority":
         return f"It asks that on every task a drop of {allowed} be ruled out ({sure})."
     return f"It fails only where a drop larger than {allowed} is shown ({sure}); passing rules none out."
+
+
+def _allowed(gate: dict[str, Any]) -> tuple[str, str]:
+    """The drop, and the confidence as it was given: 0.975 is not 98 %."""
+    return f"{100 * gate['max_drop']:.2f} points", f"one-sided confidence {100 * gate['confidence']:.6g} %"
 
 
 def meaning(report: dict[str, Any], task: str) -> list[str]:
