@@ -143,20 +143,32 @@ def answer(
     """
     if ranks.rank and not lockstep:
         return []
-    inputs = [_encode(tokenizer, prompt, section.template) for prompt in prompts]
-    context = getattr(model.config, "max_position_embeddings", None)
-    for number, ids in enumerate(inputs, 1):
-        if context is not None and len(ids) + section.max_new_tokens > context:
-            raise UserError(
-                f"answers.prompts: prompt {number} has {len(ids)} tokens and answers.max_new_tokens is "
-                f"{section.max_new_tokens}, but {tokenizer.path} attends to {context}; shorten one of them"
-            )
+    inputs = encode_prompts(model.config, tokenizer, prompts, section)
     stops = _stop_ids(model, tokenizer)
     replies: list[list[int]] = []
     with _plain_greedy(model, stops, section.max_new_tokens):
         for start in range(0, len(inputs), PROMPTS_PER_BATCH):
             replies += _generate(model, inputs[start : start + PROMPTS_PER_BATCH], ranks.device, lockstep)
     return [_decode(tokenizer, ids, stops) for ids in replies]
+
+
+def encode_prompts(
+    config: Any, tokenizer: Tokenizer, prompts: Sequence[Prompt], section: AnswersSection
+) -> list[list[int]]:
+    """Ids of each prompt; `config` is the model's, of transformers.
+
+    Raises:
+        UserError: as `answer`.
+    """
+    inputs = [_encode(tokenizer, prompt, section.template) for prompt in prompts]
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for number, ids in enumerate(inputs, 1):
+        if context is not None and len(ids) + section.max_new_tokens > context:
+            raise UserError(
+                f"answers.prompts: prompt {number} has {len(ids)} tokens and answers.max_new_tokens is "
+                f"{section.max_new_tokens}, but {tokenizer.path} attends to {context}; shorten one of them"
+            )
+    return inputs
 
 
 def _encode(tokenizer: Tokenizer, prompt: Prompt, template: str) -> list[int]:

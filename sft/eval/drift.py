@@ -15,7 +15,7 @@ from sft.errors import GateFailed, UserError, run_command
 from sft.eval.answers import Prompt, load_prompts
 from sft.eval.compare import Side, compare
 from sft.eval.earlier import check_same_items, kind_of, read_scored
-from sft.eval.examine import Examined, examine, read_earlier
+from sft.eval.examine import Examined, check_extras, examine, read_earlier
 from sft.eval.options import DriftConfig
 from sft.eval.power import describe_power
 from sft.eval.ranks import Ranks, join_ranks
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     with join_ranks() as ranks:
         prompts = load_prompts(options.answers)
         sides = _open_sides(options, ranks)
+        for prepared in (side.prepared for side in sides if side.prepared):
+            check_extras(prepared, options, prompts)
         if ranks.rank == 0 and (models := [side.prepared for side in sides if side.prepared]):
             tell(describe(models[0]))  # the others are asked the same
         examined = [
@@ -113,7 +115,9 @@ def _check_earlier(folder: Path, prepared: Prepared, tasks: Sequence[str]) -> No
         task: make_records(items, prepared.asked[task].prompts, Scores(*np.zeros((2, len(items), NUM_CHOICES))), 24)
         for task, items in prepared.questions.items.items()
     }
-    header = prepared.header | {"engine": known.header.get("engine")}  # which one it will be shows on the loaded model
+    header = prepared.header
+    if known.header.get("fallback"):  # this model may fall back, too, which shows when it is loaded
+        header = header | {"engine": known.header["engine"]}
     check_same_items(known, Scored(header, unknown, {}), str(folder), prepared.folder)
 
 
@@ -164,10 +168,11 @@ def _show(out: Path, report: dict[str, Any], is_limited: bool) -> None:
         console.print(to_table(report))
         if len(report["models"]) > 2:
             console.print(models_table(report))
-    print(shown.get(), end="")
+    tell(shown.get().splitlines())
     if is_limited:
         tell(_power_lines(report))
-    tell([gate_line(report), f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
+    reason = [] if report["gate"]["failed"] else [gate_line(report)]  # a failure is told as the command's end
+    tell([*reason, f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
 
 
 def _power_lines(report: dict[str, Any]) -> list[str]:

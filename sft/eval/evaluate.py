@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     with console.capture() as shown:  # rich would end the process where the reader has left
         console.print(_table({task: summarize(task, records) for task, records in scored.records.items()}))
-    print(shown.get(), end="")
+    tell(shown.get().splitlines())
     if options.limit is not None:
         fewest = min(len(records) for records in scored.records.values())
         tell(describe_power(fewest, FLIP_RATES))

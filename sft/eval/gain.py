@@ -33,7 +33,7 @@ def open_heldout(folder: str, tokenizer: Tokenizer, config: Any) -> Shards:
     Raises:
         UserError: they are missing or torn, of another tokenizer, too long for the model, or hold nothing supervised.
     """
-    shards = open_model_shards("heldout", folder, tokenizer, config.to_dict(), str(tokenizer.path))
+    shards = open_model_shards("heldout", folder, tokenizer, config.get_text_config().to_dict(), str(tokenizer.path))
     if not shards.num_labels.any():
         raise UserError(
             f"heldout {folder}: holds no supervised token; give the heldout/ folder of the fine-tuning data"

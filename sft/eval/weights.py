@@ -64,8 +64,11 @@ def read_max_length(config: Any, tokenizer: Any) -> int:
 
 
 def digest_weights(folder: str) -> str:
-    """sha256 over the names, sizes and sha256 of all safetensors files; files are read side by side."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    """sha256 over the names, sizes and sha256 of config.json and all safetensors files, which are read side by side.
+
+    The same tensors compute something else under another rope_theta.
+    """
+    files = sorted([*Path(folder).glob("*.safetensors"), Path(folder) / "config.json"])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_digest_file, files))
     lines = [f"{file.name}\0{file.stat().st_size}\0{digest}\n" for file, digest in zip(files, digests, strict=True)]
