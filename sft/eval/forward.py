@@ -13,8 +13,8 @@ import torch
 
 from sft.eval.tree import Bin, Tree
 
-POSITIONS_PER_SOFTMAX = 512
-"""Positions whose logits are widened to fp32 at a time: 0.25 GB at a vocabulary of 128k."""
+POSITIONS_PER_SOFTMAX = 128
+"""Positions whose logits are widened to fp32 at a time: what a CPU's cache holds at a vocabulary of 32k."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,14 @@ def _log_likelihoods(
     is_scored_RL = torch.from_numpy(counts_RL).to(device)
     if native:
         logits_NV = logits_NV.log_softmax(dim=-1)
-    best, norm = [], []
-    for chunk in torch.split(logits_NV, POSITIONS_PER_SOFTMAX):
-        best.append(chunk.argmax(dim=-1))
-        norm.append(torch.zeros_like(best[-1]) if native else chunk.float().logsumexp(dim=-1))
+    chunks = torch.split(logits_NV, POSITIONS_PER_SOFTMAX)
     picked_RL = logits_NV[place_RL, target_RL]
+    is_best_RL = picked_RL == torch.cat([chunk.amax(dim=-1) for chunk in chunks])[place_RL]
+    contested = place_RL[is_best_RL]  # several tokens may share the maximum: the first of them is the greedy one
+    first = [logits_NV[part].argmax(dim=-1) for part in torch.split(contested, POSITIONS_PER_SOFTMAX)]
+    is_best_RL[is_best_RL.clone()] = torch.cat(first) == target_RL[is_best_RL]
     if not native:
-        picked_RL = (picked_RL.float() - torch.cat(norm)[place_RL]).double()
+        norm_N = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in chunks])
+        picked_RL = (picked_RL.float() - norm_N[place_RL]).double()
     sums_R = picked_RL.masked_fill(~is_scored_RL, 0).sum(dim=-1).double()
-    greedy_R = ((torch.cat(best)[place_RL] == target_RL) | ~is_scored_RL).all(dim=-1)
-    return sums_R.cpu().numpy(), greedy_R.cpu().numpy()
+    return sums_R.cpu().numpy(), (is_best_RL | ~is_scored_RL).all(dim=-1).cpu().numpy()

@@ -15,12 +15,13 @@ from sft.eval.ranks import Ranks
 from sft.eval.requests import Request
 from sft.eval.results import Scores
 from sft.eval.tasks.item import NUM_CHOICES
-from sft.eval.tree import Bin, deal, distinct_rows, plan_packed, plan_plain
+from sft.eval.tree import Bin, Row, deal, distinct_rows, plan_packed, plan_plain
 from sft.progress import track
 
-PROBE_ROWS = 16
-"""Inputs of neighbouring items, which share what the real ones share: 16 questions, whose common prefix is kept, or
-four contexts with four endings each."""
+PROBE_ROWS = (8, 16)
+PROBE_TOKENS = 8192
+"""The engines are compared on inputs of neighbouring items, which share what the real ones share: 16 of them, or from
+8 on as many as have this many tokens."""
 PROBE_LIMIT = {torch.float32: (1e-3, 0.0), torch.bfloat16: (0.2, 0.05), torch.float16: (0.05, 0.01)}
 """Largest difference between the engines in nats: a constant, and so much per scored token. A branch that sees its
 neighbour is off by whole nats; in bf16 another order of summation alone moves a token by a few hundredths."""
@@ -103,12 +104,7 @@ def compare_engines(
     Every rank computes the same, so that a model in lock-step takes part; scores in fp32 whatever is chosen later. A
     model that cannot take the tree's mask, positions or kept keys at all differs by infinity.
     """
-    start = max(0, len(requests) // NUM_CHOICES // 2 - PROBE_ROWS // 2) * NUM_CHOICES
-    stop = start + NUM_CHOICES
-    while stop < len(requests) and len(distinct_rows(requests[start:stop], max_length)) < PROBE_ROWS:
-        stop += NUM_CHOICES
-    sample = requests[start:stop]
-    rows = distinct_rows(sample, max_length)
+    sample, rows = _choose_sample(requests, max_length)
     lls = [_score_alone(model, plan_plain(rows, tokens_per_batch, None), len(sample), ranks)]
     try:
         lls.append(_score_alone(model, plan_packed(rows, tokens_per_batch), len(sample), ranks))
@@ -140,6 +136,17 @@ def check_vocabulary(model: Any, requests: Sequence[Request]) -> None:
         raise UserError(
             f"the tokenizer gives id {largest}, the model has {rows} embeddings; is it the model's own tokenizer?"
         )
+
+
+def _choose_sample(requests: Sequence[Request], max_length: int) -> tuple[Sequence[Request], list[Row]]:
+    """Requests of whole items from the middle on, and their inputs."""
+    fewest, most = PROBE_ROWS
+    start = max(0, len(requests) // NUM_CHOICES // 2 - most // 2) * NUM_CHOICES
+    for stop in range(start + NUM_CHOICES, len(requests) + 1, NUM_CHOICES):
+        rows = distinct_rows(requests[start:stop], max_length)
+        if len(rows) >= most or (len(rows) >= fewest and sum(len(row.ids) for row in rows) >= PROBE_TOKENS):
+            break
+    return requests[start:stop], rows
 
 
 def _score_alone(model: Any, bins: Sequence[Bin], count: int, ranks: Ranks) -> np.ndarray:

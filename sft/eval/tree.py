@@ -19,9 +19,9 @@ import numpy as np
 
 from sft.eval.requests import Request
 
-TREE_TOKENS = 512
-"""Trees grow up to this, behind what all their rows begin with: larger ones share more and fill batches better, but
-attention inside a tree is dense."""
+TREE_TOKENS = 256
+"""Trees grow up to this, behind what all their rows begin with: larger ones share more, but attention inside a tree is
+dense."""
 MIN_PREFIX = 48
 """A shorter common beginning is computed again in every tree rather than by a forward of its own."""
 KV_PER_TOKEN = 8
@@ -29,6 +29,9 @@ KV_PER_TOKEN = 8
 budget (2 GB in a layer of a 7B model)."""
 SCORED_PER_BATCH = 4096
 """Positions whose logits one forward gives: 2 GB in fp32 at a vocabulary of 128k."""
+WORTH_A_FORWARD = 16
+"""A batch that holds this part of the budget ends where the next tree is a quarter shorter: padding it would cost more
+than one forward more."""
 PREFIX_SHARE = 16
 """A bin holds at least this many times its prefix, so that computing the prefix in every bin costs 6 % at most."""
 
@@ -274,7 +277,8 @@ def _batches(trees: Sequence[Tree], tokens_per_batch: int, prefix: int) -> list[
         if batches:
             count, width = len(batches[-1]) + 1, len(batches[-1][0].ids)
             fits = count * width <= tokens_per_batch and count * (prefix + width) <= KV_PER_TOKEN * tokens_per_batch
-            if fits and scored + tree.num_scored <= SCORED_PER_BATCH:
+            is_full = (count - 1) * width >= tokens_per_batch // WORTH_A_FORWARD and 4 * len(tree.ids) < 3 * width
+            if fits and not is_full and scored + tree.num_scored <= SCORED_PER_BATCH:
                 batches[-1].append(tree)
                 scored += tree.num_scored
                 continue
