@@ -229,8 +229,9 @@ def score_model(folder: str, options: ScoreOptions) -> Scored:
 
 def tell(lines: Sequence[str]) -> None:
     """Print lines as they are. Where the reader has left, the scores, and the gate, are wanted all the same."""
+    text, encoding = "".join(f"{line}\n" for line in lines), sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # a Δ must not cost the exit code
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,10 @@
 """`sft eval` and `sft drift`: files, fallback, gate, refusals. Run: pytest tests/unit/test_eval_commands.py"""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -267,6 +270,7 @@ def test_results_of_sft_eval_stand_for_a_model(world, reported, loaded, tmp_path
         (["--dtype", "bf16"], "dtype: "),
         (["--shots.mmlu", "3"], "5 and 3 solved examples"),
         (["--compat", "<=0.4.9.1"], "compat: "),
+        (["--engine", "plain"], "engine: "),
     ],
 )
 def test_results_of_other_settings_are_refused_before_a_model_is_loaded(
@@ -276,6 +280,47 @@ def test_results_of_other_settings_are_refused_before_a_model_is_loaded(
     given[given.index("--base") + 1] = str(reported[0] / "base")
     refused(drift.main, [*given, *flags], capsys, words)
     assert loaded == []
+
+
+def test_a_prompt_that_one_side_cannot_answer_is_refused_before_a_model_is_loaded(world, loaded, tmp_path, capsys):
+    """The last side: the first one's scores would have taken hours by then."""
+    talks = shutil.copytree(world / "base", tmp_path / "talks")
+    (talks / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    flags = [*drift_flags(world, tmp_path / "out"), "--answers.prompts", "default"]
+    flags[flags.index("--base") + 1] = str(talks)
+    refused(drift.main, [*flags, "--answers.max_new_tokens", "2000"], capsys, "prompt 1 has", "2000")
+    refused(drift.main, [*flags, "--answers.template", "chat"], capsys, f"{world / 'tuned'} has no chat template")
+    assert loaded == []
+
+
+def test_scores_are_those_of_a_config_too(world, tmp_path, capsys):
+    """The same tensors turn by another rope_theta."""
+    model = shutil.copytree(world / "base", tmp_path / "turned")
+    flags = [*eval_flags(world, tmp_path / "out", "--limit", "2"), "--model", str(model)]
+    evaluate.main(flags)
+    config = json.loads((model / "config.json").read_text())
+    rope = dict(config["rope_parameters"], rope_theta=500.0)
+    (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    refused(evaluate.main, flags, capsys, "holds results with other settings: weights_sha256 was")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_neither_a_reader_that_leaves_nor_its_encoding_costs_the_gate(world, reported, tmp_path, encoding):
+    flags = drift_flags(world, tmp_path / "out", "--gate.max_drop", "0.0001")
+    for side in ("base", "tuned"):
+        flags[flags.index(f"--{side}") + 1] = str(reported[0] / side)
+    command = [sys.executable, "-m", "sft.eval.drift", *flags]
+    environment = tiny.rank_environment() | {"PYTHONIOENCODING": encoding}
+    if encoding == "ascii":
+        done = tiny.run(command, environment=environment)
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writing)
+    assert done.returncode == 3
+    assert done.stderr.startswith("gate failed: ")
+    assert (tmp_path / "out" / "drift.json").is_file()
 
 
 def test_items_that_lose_their_beginning_are_counted_and_told(world, tmp_path, capsys):
