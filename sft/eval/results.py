@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +59,8 @@ class Record:
     utf8_bytes: tuple[int, ...]
     """The same in UTF-8 bytes."""
     gap: float
-    """Score of the best choice minus that of the second, under the task's headline metric."""
+    """Score of the best choice minus that of the second, under the task's headline metric; the largest float where no
+    other choice has a score: JSON knows no infinity."""
     near_tie: bool
     """The gap is within what rounding may move: see tie_width."""
 
@@ -107,6 +109,7 @@ def _make_record(item: Item, prompt: str, lls: np.ndarray, greedy: np.ndarray, s
     pred, pred_norm = int(np.argmax(lls)), int(np.argmax(per_char))
     is_norm = HEADLINE[item.task] == "acc_norm"
     best, second = sorted(per_char if is_norm else lls.tolist(), reverse=True)[:2]
+    gap = 0.0 if best == second else min(float(best - second), sys.float_info.max)
     width = tie_width(float(lls[pred_norm if is_norm else pred]), significand_bits)
     return Record(
         task=item.task,
@@ -123,8 +126,8 @@ def _make_record(item: Item, prompt: str, lls: np.ndarray, greedy: np.ndarray, s
         greedy=tuple(bool(flag) for flag in greedy),
         chars=chars,
         utf8_bytes=tuple(len(text.encode()) for text in item.choices),
-        gap=float(best - second),
-        near_tie=bool(best - second <= (width / chars[pred_norm] if is_norm and chars[pred_norm] else width)),
+        gap=gap,
+        near_tie=bool(gap <= (width / chars[pred_norm] if is_norm and chars[pred_norm] else width)),
     )
 
 
@@ -172,7 +175,10 @@ def write_results(out: Path, header: dict[str, Any], records: dict[str, list[Rec
     Raises:
         UserError: the folder cannot be written.
     """
-    texts = {task: "".join(json.dumps(asdict(record)) + "\n" for record in group) for task, group in records.items()}
+    texts = {
+        task: "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in group)
+        for task, group in records.items()
+    }
     tasks = {
         task: summarize(task, group)
         | header["tasks"][task]

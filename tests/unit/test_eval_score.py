@@ -273,6 +273,15 @@ def test_records_ties_lengths_and_empty_endings():
     assert (first.gap, first.near_tie) == (0.5, False)
     assert second.pred == second.pred_norm == 1  # the first of equals
     assert (second.gap, second.near_tie) == (0, True)
+    blank, lone = make_records(
+        [item("hellaswag", ("", "", "", "")), item("hellaswag", ("", "", "", "go"))],
+        ["one", "two"],
+        scores_of([-8.0, -1.0, -3.0, -2.5], [-8.0, -1.0, -3.0, -9.0]),
+        24,
+    )
+    assert (blank.pred_norm, blank.gap, blank.near_tie) == (0, 0.0, True)  # four times -inf is a tie
+    assert (lone.pred_norm, lone.near_tie) == (3, False)
+    assert 1e300 < lone.gap < float("inf")  # strict JSON knows no infinity
     assert summarize("hellaswag", [first]) == {"acc": 0.0, "stderr": None, "acc_norm": 1.0, "stderr_norm": None, "n": 1}
 
 
