@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Mistral3Config
 
 from data_prep.shards import open_shards
 from sft import attention, batch
@@ -92,6 +92,19 @@ def test_packs_longer_than_the_models_context_are_refused(prepared, tmp_path):
     short = tiny.make_model(tmp_path / "short", max_position_embeddings=256)
     with pytest.raises(UserError, match="heldout: packs of 512 tokens, but .* attends to 256"):
         open_heldout(str(prepared / "heldout"), load_tokenizer(short), AutoConfig.from_pretrained(short))
+
+
+def test_a_config_whose_language_model_is_one_part_is_read(prepared, tmp_path, base_model, tokenizer):
+    """Vocabulary and context stand in its text_config."""
+    for context, fits in ((512, True), (256, False)):
+        text = AutoConfig.from_pretrained(base_model, max_position_embeddings=context)
+        config = Mistral3Config(text_config=text.to_dict())
+        assert "vocab_size" not in config.to_dict()
+        if fits:
+            assert len(open_heldout(str(prepared / "heldout"), tokenizer, config))
+        else:
+            with pytest.raises(UserError, match="attends to 256"):
+                open_heldout(str(prepared / "heldout"), tokenizer, config)
 
 
 def test_the_folder_above_the_shards_is_named(prepared, base_model, tokenizer):
