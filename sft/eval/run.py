@@ -106,7 +106,7 @@ def prepare(folder: str, questions: Questions, options: ScoreOptions, ranks: Ran
     """
     config = weights.read_config(folder)  # first: the tokenizer's loader reads it too, and would be blamed for it
     tokenizer = load_tokenizer(folder)
-    max_length = weights.read_max_length(config, tokenizer.hf)
+    max_length = weights.read_max_length(config, tokenizer)
     asked: dict[str, TokenRequests] = ranks.on_first(lambda: _tokenise(questions, tokenizer, max_length, options))
     digest = ranks.on_first(lambda: weights.digest_weights(folder))
     placement = weights.choose_placement(options.placement, folder, ranks)
@@ -192,7 +192,8 @@ def score(prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, o
             "tokens": sum(bin.num_tokens for bin in bins),
         }
         if ranks.rank == 0:
-            tell([_describe_speed(task, asked.requests, bins, time.monotonic() - started_s)])
+            seconds = time.monotonic() - started_s
+            tell([_describe_speed(task, asked.requests, prepared.max_length, bins, seconds)])
     ranks.on_first(lambda: _write(out, header, records))
     return Scored(header, records, _texts(prepared))
 
@@ -300,12 +301,14 @@ def _choose_engine(prepared: Prepared, model: Any, options: ScoreOptions, ranks:
     return ("packed", None) if reason is None else ("plain", reason)
 
 
-def _describe_speed(task: str, requests: Sequence[Request], bins: Sequence[Bin], seconds: float) -> str:
+def _describe_speed(
+    task: str, requests: Sequence[Request], max_length: int, bins: Sequence[Bin], seconds: float
+) -> str:
     computed = sum(bin.num_tokens for bin in bins)
-    asked = sum(len(request.ctx_ids) + len(request.cont_ids) - 1 for request in requests)
+    asked = sum(len(row.ids) for row in distinct_rows(requests, max_length))
     return (
         f"{task}: {len(requests) // NUM_CHOICES:,} items in {seconds:.1f} s; {computed:,} tokens computed, "
-        f"{asked / computed:.1f}x fewer than one row per choice"
+        f"{asked / computed:.1f}x fewer than lm_eval's"
     )
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sft.errors import UserError
 from sft.eval.ranks import Ranks
 from sft.pretrained import load_causal_lm
-from sft.tokenizer import folder_errors
+from sft.tokenizer import Tokenizer, folder_errors
 
 ATTENTION = "sdpa"
 DEFAULT_MAX_LENGTH = 2048
@@ -47,8 +47,8 @@ def read_config(folder: str) -> Any:
         raise UserError(f"model {folder}/config.json: cannot be used: {reason}; correct or complete it") from error
 
 
-def read_max_length(config: Any, tokenizer: Any) -> int:
-    """Context length in tokens: the config's, else the (transformers) tokenizer's, else 2048, as lm_eval decides.
+def read_max_length(config: Any, tokenizer: Tokenizer) -> int:
+    """Context length in tokens: the config's, else the tokenizer's, else 2048, as lm_eval decides.
 
     Raises:
         UserError: the config's is not positive.
@@ -59,7 +59,7 @@ def read_max_length(config: Any, tokenizer: Any) -> int:
             if value < 1:
                 raise UserError(f"model {config.name_or_path}/config.json: {name} is {value}; need at least 1 token")
             return int(value)
-    limit = tokenizer.model_max_length
+    limit = tokenizer.hf.model_max_length
     return DEFAULT_MAX_LENGTH if limit is None or limit == UNSET_MAX_LENGTH else int(limit)
 
 
