@@ -143,7 +143,7 @@ def take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:
     if at is None:
         return None, argv
     rest = argv[at].partition("=")[1:] if "=" in argv[at] else ("", "".join(argv[at + 1 : at + 2]))
-    if not rest[1].isdigit() or int(rest[1]) == 0:
+    if not rest[1].isdecimal() or int(rest[1]) == 0:
         raise UserError(f"--ranks: got '{rest[1]}', must be a number of processes, 1 or more")
     return int(rest[1]), argv[:at] + argv[at + (1 if rest[0] else 2) :]
 

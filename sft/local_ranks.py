@@ -34,6 +34,7 @@ def run_ranks(module: str, options: Sequence[str], ranks: int) -> int:
         subprocess.Popen(
             [sys.executable, "-m", module, *options],
             env={"OMP_NUM_THREADS": threads, **os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # the terminal's Ctrl-C is for this process, which ends them without a word
         )
         for rank in range(ranks)
     ]
@@ -45,7 +46,7 @@ def run_ranks(module: str, options: Sequence[str], ranks: int) -> int:
     failed = [process.returncode for process in processes if process.returncode]
     if received or max(failed, default=0) > 1:
         for process in processes:
-            process.send_signal(received[0] if received else signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
     _end(processes)
     if received:
         return 128 + received[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sft.errors import UserError
+from sft.tokenizer import folder_errors
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -33,6 +34,7 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
 
     if not list(Path(folder).glob("*.safetensors")):
         raise UserError(f"model {folder}: holds no *.safetensors weights; convert other formats to safetensors first")
+    errors: tuple[type[Exception], ...] = (*folder_errors(), RuntimeError, SafetensorError)
     quiet_libraries()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -49,14 +51,20 @@ def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) ->
         )
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise  # the machine's fault, not the folder's
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(f"model {folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except errors as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"model {folder}: cannot be loaded: {reason}; check config.json and weights") from error
     finally:
         logging.set_verbosity(verbosity)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model {folder}: its weights lack {len(missing)} tensors of the architecture, first {missing[0]}"
+        )
+    if surplus := sorted(name for name in info["unexpected_keys"] if ".layers." in name and "inv_freq" not in name):
+        raise UserError(
+            f"model {folder}: its weights hold {len(surplus)} tensors that config.json leaves out, first {surplus[0]}; "
+            "is num_hidden_layers right?"
         )
     if mismatched := sorted(map(tuple, info["mismatched_keys"])):
         name, stored, wanted = mismatched[0]

@@ -231,6 +231,8 @@ def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mappin
         return [f"unknown key {where}; did you mean '{near[0]}'?"]
     if item["type"] == "model_type":
         return [f"{where}: got {item['input']!r}, must be a section of `key: value` lines, or be left out"]
+    if item["type"] in ("too_short", "string_too_short"):
+        return [f"{where}: is empty; give a value"]
     message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if item["type"] == "value_error" and not location:
         return [message]

@@ -24,6 +24,7 @@ from sft.eval.report.page import to_html
 from sft.eval.report.plots import PLOT_FILES, write_plots
 from sft.eval.results import Scored, Scores, make_folder, make_records, write_atomically
 from sft.eval.run import Prepared, check_comparable, check_reusable, describe, load_items, prepare, tell
+from sft.eval.tasks.files import read_object
 from sft.eval.tasks.item import NUM_CHOICES
 from sft.settings import load
 
@@ -57,8 +58,9 @@ def main(argv: Sequence[str]) -> None:
         ]
         if ranks.rank == 0:
             report = _compare(sides, examined, options, prompts)
+            _check_report(out, report)
             _write(out, report)
-            _show(out, report, options.limit is not None)
+            _show(out, report)
             if report["gate"]["failed"]:
                 raise GateFailed("; ".join(report["gate"]["failed"]))
 
@@ -80,13 +82,18 @@ def _open_sides(options: DriftConfig, ranks: Ranks) -> list[_Opened]:
     Raises:
         UserError: a side is none of the three kinds, lacks something, or would be asked other things than the base.
     """
-    if twice := [folder for index, folder in enumerate(options.tuned) if folder in options.tuned[:index]]:
+    tuned = [Path(folder).resolve() for folder in options.tuned]
+    if twice := [folder for index, folder in enumerate(tuned) if folder in tuned[:index]]:
         raise UserError(f"--tuned: {twice[0]} is given twice; name each model once")
+    if taken := [name for name in ("config.json", "results.json") if (Path(options.out) / name).exists()]:
+        raise UserError(f"--out {options.out}: holds a {taken[0]}, so it is no report's folder; choose another")
     folders = {"base": options.base, "tuned": options.tuned[0]}
     folders |= {f"tuned-{number}": folder for number, folder in enumerate(options.tuned[1:], start=2)}
     is_model = {place: kind_of(Path(folder)) == "model" for place, folder in folders.items()}
     ranks.on_first(lambda: make_folder(Path(options.out)))
     if not any(is_model.values()):
+        if ranks.rank == 0:
+            _note_unused(options)
         return [_Opened(folder, place, None) for place, folder in folders.items()]
     if options.data is None:
         raise UserError("--data is missing: give the folder that holds MMLU and HellaSwag")
@@ -102,6 +109,29 @@ def _open_sides(options: DriftConfig, ranks: Ranks) -> list[_Opened]:
         if not is_model[place]:
             ranks.on_first(functools.partial(_check_earlier, Path(folder), first, options.tasks))
     return [_Opened(folder, place, prepared.get(place)) for place, folder in folders.items()]
+
+
+def _check_report(out: Path, report: dict[str, Any]) -> None:
+    """Refuse to write over a report on other models.
+
+    Raises:
+        UserError: naming the models of the report that is there, or that it is damaged.
+    """
+    file = out / "drift.json"
+    held = read_object(file) if file.is_file() else report
+    models = [
+        [side.get("model") for side in (one.get("base"), one.get("tuned")) if isinstance(side, dict)]
+        for one in (held, report)
+    ]
+    if models[0] != models[1]:
+        raise UserError(f"{file}: a report on {' and '.join(map(str, models[0]))}; choose another --out, or remove it")
+
+
+def _note_unused(options: DriftConfig) -> None:
+    """Options that a user gave and that change nothing where no model is asked."""
+    unused = sorted(options.model_fields_set - {"base", "tuned", "tasks", "gate", "out"})
+    if unused:
+        tell([f"NOTE: both sides were scored before: {', '.join(f'--{name}' for name in unused)} changes nothing"])
 
 
 def _check_earlier(folder: Path, prepared: Prepared, tasks: Sequence[str]) -> None:
@@ -160,7 +190,7 @@ def _write(out: Path, report: dict[str, Any]) -> None:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}; choose another folder") from None
 
 
-def _show(out: Path, report: dict[str, Any], is_limited: bool) -> None:
+def _show(out: Path, report: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -169,19 +199,24 @@ def _show(out: Path, report: dict[str, Any], is_limited: bool) -> None:
         if len(report["models"]) > 2:
             console.print(models_table(report))
     tell(shown.get().splitlines())
-    if is_limited:
-        tell(_power_lines(report))
+    tell(_power_lines(report))
     reason = [] if report["gate"]["failed"] else [gate_line(report)]  # a failure is told as the command's end
     tell([*reason, f"report: {out / 'drift.html'} (also drift.md, drift.json)"])
 
 
 def _power_lines(report: dict[str, Any]) -> list[str]:
-    """What so few items can show, by the flips that were seen: one at least, for none seen does not mean none."""
-    return [
-        f"{task}: {line}"
-        for task, row in report["tasks"].items()
-        for line in describe_power(row["n"], [max(row["power"]["flip_rate"], 1 / row["n"])], row["power"]["margin"])
-    ]
+    """What the items of a limited run can show, at the flips that were seen; where none were, at those of one item."""
+    lines = []
+    for task, row in report["tasks"].items():
+        if report["base"].get("limit") is None and report["tuned"].get("limit") is None:
+            continue
+        rate, seen = row["power"]["flip_rate"], row["right_to_wrong"] + row["wrong_to_right"]
+        told = "" if seen else " (none was seen; this takes one)"
+        lines += [
+            f"{task}: {line}{told}"
+            for line in describe_power(row["n"], [max(rate, 1 / row["n"])], row["power"]["margin"])
+        ]
+    return lines
 
 
 if __name__ == "__main__":

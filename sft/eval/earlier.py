@@ -17,7 +17,7 @@ from sft.eval.tasks.item import NUM_CHOICES
 T = TypeVar("T")
 
 SCORE_FACTS = {
-    "engine": "score both with the same engine",
+    "engine": "score both with `sft eval` and one engine, or both with lm_eval",
     "dtype": "score both with the same --dtype",
     "score_dtype": "score both with the same --score_dtype (lm_eval: softmax_dtype)",
     "max_length": "long items would be cut at different places: make max_position_embeddings in config.json equal",

@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
         console.print(_table({task: summarize(task, records) for task, records in scored.records.items()}))
     tell(shown.get().splitlines())
     if options.limit is not None:
-        fewest = min(len(records) for records in scored.records.values())
-        tell(describe_power(fewest, FLIP_RATES))
+        for task, records in scored.records.items():
+            tell([f"{task}: {line}" for line in describe_power(len(records), FLIP_RATES)])
     tell([f"results: {Path(options.out) / 'results.json'}"])
 
 

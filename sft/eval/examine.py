@@ -113,7 +113,7 @@ def _examined(scored: Scored, found: dict[str, Any]) -> Examined:
 
 
 def _keys(prepared: Prepared, options: DriftConfig, prompts: Sequence[Prompt], noise: bool) -> dict[str, Any]:
-    """What is wanted besides scores, each with what it depends on; of the model the scores have seen to it."""
+    """What is wanted besides scores, each with what it depends on."""
     keys: dict[str, Any] = {}
     if options.heldout is not None:
         shards = open_heldout(options.heldout, prepared.tokenizer, prepared.config)
@@ -122,7 +122,7 @@ def _keys(prepared: Prepared, options: DriftConfig, prompts: Sequence[Prompt], n
         keys["answers"] = [options.answers.model_dump(), [asdict(prompt) for prompt in prompts]]
     if noise and options.noise_items:
         keys["noise"] = options.noise_items
-    return keys
+    return {name: [prepared.header["weights_sha256"], key] for name, key in keys.items()}
 
 
 def _read(file: Path, keys: dict[str, Any]) -> dict[str, Any]:

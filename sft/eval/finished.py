@@ -15,6 +15,8 @@ from sft.eval.tree import Bin
 
 FOLDER = "unfinished"
 IDENTITY = "identity.json"
+LARGEST_LL = 1e-3
+"""A log-likelihood is at most 0, and a little more by rounding."""
 
 
 def open_unfinished(out: Path, identity: dict[str, Any]) -> bool:
@@ -52,7 +54,7 @@ def read_identity(file: Path) -> dict[str, Any]:
         identity = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(identity, dict):
             return identity
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     raise UserError(f"{file}: cannot be read; remove the folder {file.parent}, or choose another --out")
 
@@ -107,10 +109,13 @@ class Kept:
                 try:
                     row = json.loads(line)
                     index, requests, lls, greedy = row["bin"], row["requests"], row["lls"], row["greedy"]
-                    if requests == bins[index].requests and len(lls) == len(greedy) == len(requests):
-                        arrays = np.array(requests), np.array(lls, dtype=np.float64), np.array(greedy, dtype=bool)
-                        found[index] = [Answers(*arrays)]
-                except (ValueError, LookupError, TypeError):
+                    scores = np.array(lls, dtype=np.float64)
+                    is_own = type(index) is int and index >= 0 and requests == bins[index].requests
+                    fits = scores.shape == (len(requests),) == (len(greedy),) and bool((scores < LARGEST_LL).all())
+                    if is_own and fits:
+                        flags = np.array([flag is True for flag in greedy])
+                        found[index] = [Answers(np.array(bins[index].requests), scores, flags)]
+                except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                     continue
         return found
 

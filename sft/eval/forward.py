@@ -75,7 +75,7 @@ def _score_batch(
         logits_NV = model(
             input_ids=ids,
             position_ids=torch.from_numpy(pos_BT + prefix).to(device),
-            attention_mask=_ancestors(torch.from_numpy(end_BT).to(device), prefix),
+            attention_mask=_ancestors(torch.from_numpy(end_BT).to(device), prefix, model.dtype),
             past_key_values=cache,
             use_cache=False,
             logits_to_keep=keep,
@@ -87,11 +87,15 @@ def _score_batch(
     return Answers(np.array([scored.request for scored in asked]), lls, greedy)
 
 
-def _ancestors(end_BT: torch.Tensor, prefix: int) -> torch.Tensor:
-    """bool [B, 1, T, P + T]: the prefix, itself and its ancestors are what a token sees."""
+def _ancestors(end_BT: torch.Tensor, prefix: int, dtype: torch.dtype) -> torch.Tensor:
+    """[B, 1, T, P + T], added to attention's scores: 0 for the prefix, itself and its ancestors, else -inf.
+
+    (Of truth values every layer would make the same sums anew.)
+    """
     order_T = torch.arange(end_BT.shape[1], device=end_BT.device)
     mask_BTT = (order_T[None, :, None] >= order_T) & (order_T[None, :, None] < end_BT[:, None, :])
-    return torch.nn.functional.pad(mask_BTT, (prefix, 0), value=True)[:, None]
+    added_BTT = torch.zeros(mask_BTT.shape, dtype=dtype, device=end_BT.device).masked_fill_(~mask_BTT, -torch.inf)
+    return torch.nn.functional.pad(added_BTT, (prefix, 0))[:, None]
 
 
 def _log_likelihoods(

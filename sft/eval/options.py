@@ -2,14 +2,25 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from sft.config import Fraction, PositiveInt, Section, split_commas
+from sft.config import PositiveInt, Section, split_commas
 
 
 def _with_harness(value: Any) -> Any:
     """`>=0.4.9.2` is short for `lm_eval>=0.4.9.2`."""
     return f"lm_eval{value}" if isinstance(value, str) and value[:1] in "<>" else value
+
+
+def _small_fraction(value: float) -> float:
+    if not 0 <= value <= LARGEST_DROP:
+        raise ValueError(f"must be a fraction from 0 to {LARGEST_DROP}: 0.01 is one point")
+    return value
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+LARGEST_DROP = 0.5
+"""A gate that asks for no more than this would pass a model that lost everything."""
 
 
 class ShotsSection(Section):
@@ -32,7 +43,7 @@ class ScoreOptions(Section):
         "hellaswag",
     ]
     """Tasks, separated by commas."""
-    data: str
+    data: NonEmpty
     """Folder that holds MMLU and HellaSwag in any public layout, found by content."""
     shots: ShotsSection = ShotsSection()
     limit: PositiveInt | None = None
@@ -62,7 +73,7 @@ class ScoreOptions(Section):
     placement: Literal["auto", "replicas", "zero3"] = "auto"
     """With several ranks: the whole model on each, or its weights spread over all by ZeRO-3; auto: whole where it fits
     into the GPU's free memory."""
-    out: str
+    out: NonEmpty
     """Folder for the results. An interrupted run goes on from the items it had finished."""
 
     @model_validator(mode="after")
@@ -73,12 +84,12 @@ class ScoreOptions(Section):
 
 
 class EvalConfig(ScoreOptions):
-    model: str
+    model: NonEmpty
     """Folder of the model and its tokenizer."""
 
 
 class GateSection(Section):
-    max_drop: Fraction | None = None
+    max_drop: Annotated[float, AfterValidator(_small_fraction)] | None = None
     """Largest drop of a task's accuracy that is acceptable (0.01 = one point): exit code 3 otherwise; null: no gate,
     and the report takes one point for its verdicts."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
@@ -99,9 +110,9 @@ class AnswersSection(Section):
 
 
 class DriftConfig(ScoreOptions):
-    data: str | None = None  # type: ignore[assignment]  # not needed where both sides were scored before
+    data: NonEmpty | None = None  # type: ignore[assignment]  # not needed where both sides were scored before
     """Folder that holds MMLU and HellaSwag in any public layout; needed unless every side was scored before."""
-    base: str
+    base: NonEmpty
     """The model before training: its folder, results of `sft eval`, or lm_eval's --log_samples output."""
     tuned: Annotated[list[str], BeforeValidator(split_commas), Field(min_length=1)]
     """The model after training, given the same way. More of them (checkpoints, merges), separated by commas, are

@@ -62,9 +62,9 @@ def items_to_rule_out(variance: float, delta: float, margin: float, confidence: 
 
 
 def describe_power(n: int, flip_rates: Sequence[float], margin: float = MARGIN) -> list[str]:
-    """A line per flip rate: what n items of one task can show, and how many a margin takes."""
+    """A line per flip rate: what n items of a task can show (four times in five), and how many a margin takes."""
     return [
-        f"with {n:,} items per task a drop below {100 * minimum_detectable(n, rate):.2f} points cannot be shown "
-        f"at {100 * rate:g} % flips; a {100 * margin:g}-point margin needs {items_needed(rate, margin):,} items"
+        f"with {n:,} items a drop below {100 * minimum_detectable(n, rate):.2f} points cannot be shown at "
+        f"{100 * rate:.3g} % flips; to see one of {100 * margin:g} points takes {items_needed(rate, margin):,} items"
         for rate in flip_rates
     ]

@@ -15,6 +15,8 @@ from sft.errors import UserError
 TIMEOUT = timedelta(hours=2)
 """One rank may read its weights, or finish its last bins, long before another."""
 
+PLACE = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -34,13 +36,14 @@ class Ranks:
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on the first rank, given to all; its UserError is raised on all. Collective."""
-        outcome: tuple[Any, str | None] = (None, None)
-        if self.rank == 0:
-            try:
+        outcome: tuple[Any, str | None] = (None, "the first rank has failed")
+        try:
+            if self.rank == 0:
                 outcome = work(), None
-            except UserError as error:
-                outcome = None, str(error)
-        value, problem = self.from_first(outcome)
+        except UserError as error:
+            outcome = None, str(error)
+        finally:  # whatever ended the work: the others wait for this
+            value, problem = self.from_first(outcome)
         if problem is not None:
             raise UserError(problem)
         return value
@@ -50,11 +53,13 @@ def read_place() -> tuple[int, int]:
     """(rank, number of ranks) as the launcher's environment says; (0, 1) without a launcher.
 
     Raises:
-        UserError: the variables hold no numbers.
+        UserError: the variables hold no such numbers, or do not say where the first rank is.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal()):
-        raise UserError(f"environment: RANK is {rank!r}, WORLD_SIZE is {world!r}; launchers set numbers: unset them")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"environment: RANK is {rank!r}, WORLD_SIZE is {world!r}; launchers set them: unset both")
+    if int(world) > 1 and (missing := [name for name in PLACE if name not in os.environ]):
+        raise UserError(f"environment: WORLD_SIZE is {world}, but {missing[0]} is not set; unset it, or use a launcher")
     return int(rank), int(world)
 
 

@@ -96,7 +96,7 @@ def check_lengths(items: Sequence[Item], requests: Sequence[Request], max_length
     for number in np.flatnonzero((lengths < 1) | (lengths > max_length))[:1].tolist():
         item = items[number // NUM_CHOICES]
         raise UserError(
-            f"{item.task} {item.name}, choice {number % NUM_CHOICES}: {lengths[number]} tokens to score; need 1 to "
+            f"{item.name}, choice {number % NUM_CHOICES}: {lengths[number]} tokens to score; need 1 to "
             f"{max_length} (the model's context length)"
         )
 
@@ -226,7 +226,7 @@ def _encode_items(
     for item, prompt in zip(items, prompts, strict=True):
         context = prompt.rstrip()  # trailing blanks go to the continuation, where tokenizers expect them
         if not context:
-            raise UserError(f"{item.task} {item.name}: its context is blank; remove the row")
+            raise UserError(f"{item.name}: its context is blank; remove the row")
         texts += [context, *(f"{prompt}{prompting.delimiter}{choice}" for choice in item.choices)]
     bos = tokenizer.bos if prompting.compat == "lm_eval>=0.4.9.2" else ()
     bos_text = tokenizer.decode(bos) if bos else ""
@@ -244,7 +244,7 @@ def _encode_items(
 def _split(item: Item, choice: int, ctx_ids: np.ndarray, whole: np.ndarray) -> Request:
     if not np.array_equal(whole[: len(ctx_ids)], ctx_ids):
         raise UserError(
-            f"{item.task} {item.name}, choice {choice}: the tokenizer merges the end of the context with the choice, "
+            f"{item.name}, choice {choice}: the tokenizer merges the end of the context with the choice, "
             "so the choice's own tokens are not defined; this tokenizer cannot be scored this way"
         )
     return Request(ctx_ids, whole[len(ctx_ids) :].copy())

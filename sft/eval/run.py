@@ -31,8 +31,13 @@ from sft.eval.score import check_vocabulary, compare_engines, score_requests, wh
 from sft.eval.tasks import data, hellaswag, mmlu
 from sft.eval.tasks.item import NUM_CHOICES, Item, digest_items
 from sft.eval.tree import Bin, distinct_rows, plan_packed, plan_plain
+from sft.pretrained import choose_dtype
 from sft.tokenizer import Tokenizer, load_tokenizer
 
+NOT_CONVERTED = (
+    "NOTE: the tokenizer is a bare tokenizer.model: its ids are sentencepiece's, as the model was trained; lm_eval "
+    "would score those of transformers' conversion, which differ on some texts"
+)
 SIGNIFICAND_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
 
 
@@ -109,7 +114,7 @@ def prepare(folder: str, questions: Questions, options: ScoreOptions, ranks: Ran
     max_length = weights.read_max_length(config, tokenizer)
     asked: dict[str, TokenRequests] = ranks.on_first(lambda: _tokenise(questions, tokenizer, max_length, options))
     digest = ranks.on_first(lambda: weights.digest_weights(folder))
-    placement = weights.choose_placement(options.placement, folder, ranks)
+    placement = weights.choose_placement(options.placement, folder, choose_dtype(options.dtype, ranks.device), ranks)
     header = describe_setting(folder, tokenizer, options, ranks) | {
         "max_length": max_length,
         "weights_sha256": digest,
@@ -131,7 +136,7 @@ def prepare(folder: str, questions: Questions, options: ScoreOptions, ranks: Ran
 
 def describe(prepared: Prepared) -> list[str]:
     """What a user should know before the scoring: data, items that are cut, prompts without their description."""
-    lines = []
+    lines = [NOT_CONVERTED] if prepared.tokenizer.sentencepiece is not None else []
     for task, facts in prepared.header["tasks"].items():
         lines.append(facts["source"])
         if facts["truncated_items"]:
@@ -193,7 +198,7 @@ def score(prepared: Prepared, model: Any, options: ScoreOptions, ranks: Ranks, o
         }
         if ranks.rank == 0:
             seconds = time.monotonic() - started_s
-            tell([_describe_speed(task, asked.requests, prepared.max_length, bins, seconds)])
+            tell([_describe_speed(f"{prepared.folder}: {task}", asked.requests, prepared.max_length, bins, seconds)])
     ranks.on_first(lambda: _write(out, header, records))
     return Scored(header, records, _texts(prepared))
 
@@ -230,6 +235,8 @@ def score_model(folder: str, options: ScoreOptions) -> Scored:
 
 def tell(lines: Sequence[str]) -> None:
     """Print lines as they are. Where the reader has left, the scores, and the gate, are wanted all the same."""
+    if sys.stdout is None:  # closed by whoever started this
+        return
     text, encoding = "".join(f"{line}\n" for line in lines), sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # a Δ must not cost the exit code
@@ -294,7 +301,7 @@ def _choose_engine(prepared: Prepared, model: Any, options: ScoreOptions, ranks:
                 reason = f"scores differ by {difference:.2g} nats on {task} (limit {limit:.2g})"
                 break
     if ranks.rank == 0:
-        shown = f"engine probe: packed against plain {', '.join(found)}"
+        shown = f"{prepared.folder}: engine probe: packed against plain {', '.join(found)}"
         if reason is not None:
             shown = f"WARNING: {prepared.folder}: {reason}: engine plain is used, which takes several times as long"
         tell([shown])
@@ -302,12 +309,12 @@ def _choose_engine(prepared: Prepared, model: Any, options: ScoreOptions, ranks:
 
 
 def _describe_speed(
-    task: str, requests: Sequence[Request], max_length: int, bins: Sequence[Bin], seconds: float
+    label: str, requests: Sequence[Request], max_length: int, bins: Sequence[Bin], seconds: float
 ) -> str:
     computed = sum(bin.num_tokens for bin in bins)
     asked = sum(len(row.ids) for row in distinct_rows(requests, max_length))
     return (
-        f"{task}: {len(requests) // NUM_CHOICES:,} items in {seconds:.1f} s; {computed:,} tokens computed, "
+        f"{label}: {len(requests) // NUM_CHOICES:,} items in {seconds:.1f} s; {computed:,} tokens computed, "
         f"{asked / computed:.1f}x fewer than lm_eval's"
     )
 
@@ -334,7 +341,8 @@ def check_comparable(base: Prepared, tuned: Prepared) -> None:
             where = _first_difference(base.questions.items[task], base.asked[task].requests, tuned.asked[task].requests)
             raise UserError(
                 f"{task}: the tokenizers of {base.folder} and {tuned.folder} give different ids, first at {where}; "
-                "was BOS lost, or a token added, when the tuned model was saved? Use the base model's tokenizer files"
+                "were the tokenizer's files converted, BOS lost, or a token added when the tuned model was saved? "
+                "Use the base model's tokenizer files"
             )
 
 
@@ -342,6 +350,9 @@ def _first_difference(items: Sequence[Item], base: Sequence[Request], tuned: Seq
     for number, (before, after) in enumerate(zip(base, tuned, strict=True)):
         ids_before, ids_after = [*before.ctx_ids, *before.cont_ids], [*after.ctx_ids, *after.cont_ids]
         if ids_before != ids_after or len(before.cont_ids) != len(after.cont_ids):
-            shown = " against ".join(str([int(token) for token in ids[:4]]) for ids in (ids_before, ids_after))
-            return f"{items[number // NUM_CHOICES].name} (ids begin {shown})"
+            shorter = min(len(before.ctx_ids), len(after.ctx_ids))
+            pairs = enumerate(zip(ids_before, ids_after, strict=False))
+            place = next((at for at, (one, other) in pairs if one != other), shorter)
+            shown = " against ".join(str([int(id) for id in ids[place : place + 4]]) for ids in (ids_before, ids_after))
+            return f"{items[number // NUM_CHOICES].name} (from token {place} on: {shown})"
     return "no item"

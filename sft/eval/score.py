@@ -1,5 +1,6 @@
 """Requests in, log-likelihoods out: work dealt over ranks, kept as it is done, and proved on the loaded model."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -18,10 +19,10 @@ from sft.eval.tasks.item import NUM_CHOICES
 from sft.eval.tree import Bin, Row, deal, distinct_rows, plan_packed, plan_plain
 from sft.progress import track
 
-PROBE_ROWS = (8, 16)
-PROBE_TOKENS = 8192
+PROBE_ROWS = (4, 16)
+PROBE_TOKENS = 4096
 """The engines are compared on inputs of neighbouring items, which share what the real ones share: 16 of them, or from
-8 on as many as have this many tokens."""
+4 on as many as have this many tokens."""
 PROBE_LIMIT = {torch.float32: (1e-3, 0.0), torch.bfloat16: (0.2, 0.05), torch.float16: (0.05, 0.01)}
 """Largest difference between the engines in nats: a constant, and so much per scored token. A branch that sees its
 neighbour is off by whole nats; in bf16 another order of summation alone moves a token by a few hundredths."""
@@ -56,6 +57,8 @@ def score_requests(
     """
     done: dict[int, list[Answers]] = kept.read(bins) if ranks.rank == 0 else {}
     known = set(ranks.from_first(sorted(done)))
+    if ranks.rank == 0 and done:
+        sys.stderr.write(f"{label}: {len(done)} of {len(bins)} parts are kept from the interrupted run\n")
     todo = [index for index in range(len(bins)) if index not in known]
     dealt = [[todo[place] for place in places] for places in deal([bins[index] for index in todo], ranks.world)]
     with closing(kept):

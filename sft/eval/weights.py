@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 from sft.errors import UserError
 from sft.eval.ranks import Ranks
@@ -83,11 +85,20 @@ def _digest_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def choose_placement(wanted: str, folder: str, ranks: Ranks) -> str:
+def count_parameters(folder: str) -> int:
+    """Elements of all tensors in the safetensors files, read from their headers."""
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def choose_placement(wanted: str, folder: str, dtype: torch.dtype, ranks: Ranks) -> str:
     """`auto` resolved: zero3 where several GPUs are at hand and one cannot hold the weights. The same on all ranks."""
     if wanted != "auto" or ranks.world == 1 or ranks.device.type != "cuda":
         return "replicas" if wanted == "auto" or ranks.world == 1 else wanted
-    weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    weights = count_parameters(folder) * dtype.itemsize
     free, _ = torch.cuda.mem_get_info(ranks.device)
     too_large = torch.tensor(weights > ROOM_FOR_WEIGHTS * free, dtype=torch.int32, device=ranks.device)
     dist.all_reduce(too_large, op=dist.ReduceOp.MAX)

@@ -124,7 +124,7 @@ def test_decisions_in_bf16_differ_on_near_ties_only(model, task):
 
 def test_control_branches_that_see_their_neighbours_are_found_in_bf16(model, monkeypatch):
     right = forward._ancestors
-    monkeypatch.setattr(forward, "_ancestors", lambda end, prefix: right(torch.full_like(end, end.shape[1]), prefix))
+    monkeypatch.setattr(forward, "_ancestors", lambda end, *more: right(torch.full_like(end, end.shape[1]), *more))
     difference, limit = score.compare_engines(model, hellaswag_like(), MAX_LENGTH, TOKENS_PER_BATCH, ALONE)
     assert difference > limit
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,14 +163,14 @@ def test_eval_is_repeatable_and_limit_takes_the_first_items(world, tmp_path):
 def test_limit_tells_the_power_that_is_left(world, tmp_path, capsys):
     evaluate.main(eval_flags(world, tmp_path, "--limit", "2", "--tasks", "mmlu"))
     printed = capsys.readouterr().out
-    assert "with 4 items per task a drop below" in printed
+    assert "mmlu: with 4 items a drop below" in printed
     assert "cannot be shown" in printed
 
 
 def forget_branches(monkeypatch):
     """Branches of a tree see their neighbours."""
     right = forward._ancestors
-    monkeypatch.setattr(forward, "_ancestors", lambda end, prefix: right(torch.full_like(end, end.shape[1]), prefix))
+    monkeypatch.setattr(forward, "_ancestors", lambda end, *more: right(torch.full_like(end, end.shape[1]), *more))
 
 
 @pytest.mark.parametrize("fault", ["mask", "rope"])
@@ -250,8 +251,8 @@ def test_results_of_sft_eval_stand_for_a_model(world, reported, loaded, tmp_path
     drift.main(flags)
     assert loaded == []
     printed = " ".join(capsys.readouterr().out.split())
-    assert "mmlu: with 16 items per task a drop below" in printed  # what --limit leaves
-    assert "hellaswag: with 9 items per task a drop below" in printed
+    assert "mmlu: with 16 items a drop below" in printed  # what --limit leaves
+    assert "hellaswag: with 9 items a drop below" in printed
     before, after = report_of(out), report_of(tmp_path)
     for task in before["tasks"]:
         assert after["tasks"][task]["metrics"] == before["tasks"][task]["metrics"]
@@ -349,6 +350,24 @@ def test_a_failed_start_leaves_earlier_results_alone(world, reported, tmp_path, 
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_report_on_other_models_is_not_written_over(reported, tmp_path, capsys):
+    sides = [str(reported[0] / side) for side in ("base", "tuned")]
+    for order in (sides, sides):  # the same report again is no mistake
+        drift.main(["--base", order[0], "--tuned", order[1], "--out", str(tmp_path)])
+    before = (tmp_path / "drift.json").read_bytes()
+    swapped = ["--base", sides[1], "--tuned", sides[0], "--out", str(tmp_path)]
+    refused(drift.main, swapped, capsys, "drift.json: a report on", "choose another --out")
+    assert (tmp_path / "drift.json").read_bytes() == before
+    drift.main([*swapped[:-1], str(tmp_path / "other"), "--limit", "3"])
+    assert "NOTE: both sides were scored before: --limit changes nothing" in capsys.readouterr().out
+
+
+def test_scores_are_written_where_nobody_reads_what_is_printed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    evaluate.main(eval_flags(world, tmp_path, "--limit", "2", "--tasks", "mmlu"))
+    assert (tmp_path / "results.json").is_file()
+
+
 def test_a_folder_that_takes_no_files_is_found_before_the_scoring(world, capsys):
     taken = Path("/proc/self/net")
     if not taken.is_dir():
@@ -359,6 +378,11 @@ def test_a_folder_that_takes_no_files_is_found_before_the_scoring(world, capsys)
 def test_a_rank_that_is_no_number_is_one_line(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "x")
     refused(evaluate.main, eval_flags(world, tmp_path), capsys, "RANK is 'x'")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(evaluate.main, eval_flags(world, tmp_path), capsys, "RANK is '2', WORLD_SIZE is '2'")
+    monkeypatch.setenv("RANK", "0")
+    refused(evaluate.main, eval_flags(world, tmp_path), capsys, "WORLD_SIZE is 2, but MASTER_ADDR is not set")
 
 
 def test_a_model_against_itself_is_identical_and_passes_the_gate(world, tmp_path, monkeypatch):
@@ -382,7 +406,9 @@ def test_models_that_would_be_asked_different_things_are_refused(world, tmp_path
     lost_bos = shutil.copytree(world / "base", world / "lost_bos", dirs_exist_ok=True)
     state = json.loads((lost_bos / "tokenizer.json").read_text()) | {"post_processor": None}
     (lost_bos / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"give different ids, first at anatomy item 0 \(ids begin \[1, .*BOS lost"):
+    with pytest.raises(
+        UserError, match=r"give different ids, first at anatomy item 0 \(from token 0 on: \[1, .*BOS lost"
+    ):
         drift.main(drift_flags(world, tmp_path, tuned="lost_bos"))
     assert not (tmp_path / "drift.json").exists()
 
@@ -426,7 +452,12 @@ def test_user_mistakes_are_one_line_and_code_2(world, tmp_path, capsys):
     for flags, message in mistakes:
         refused(evaluate.main, flags, capsys, message)
     assert not list(tmp_path.rglob("results.json"))
-    refused(drift.main, drift_flags(world, tmp_path / "d", tuned="tuned,tuned"), capsys, "tuned is given twice")
+    refused(drift.main, drift_flags(world, tmp_path / "d", tuned="tuned,tuned/"), capsys, "tuned is given twice")
+    refused(drift.main, drift_flags(world, world / "base"), capsys, "holds a config.json, so it is no report's folder")
+    flags = drift_flags(world, tmp_path / "d", "--gate.max_drop", "1")
+    refused(drift.main, flags, capsys, "--gate.max_drop: got 1", "a fraction from 0 to 0.5: 0.01 is one point")
+    refused(evaluate.main, [*eval_flags(world, tmp_path / "o"), "--model", ""], capsys, "--model: is empty")
+    refused(drift.main, [*drift_flags(world, tmp_path / "d"), "--tuned", ""], capsys, "--tuned: is empty")
     without = drift_flags(world, tmp_path / "d")
     at = without.index("--data")
     refused(drift.main, without[:at] + without[at + 2 :], capsys, "--data is missing")
@@ -488,7 +519,7 @@ def test_weights_that_cannot_be_used(world, tmp_path):
 
 def test_max_length_is_the_configs_then_the_tokenizers(world, tmp_path):
     class Limit:
-        model_max_length = int(1e30)
+        hf = SimpleNamespace(model_max_length=int(1e30))
 
     assert weights.read_max_length(weights.read_config(str(world / "base")), Limit()) == 2048
     other = shutil.copytree(world / "base", tmp_path / "other")
@@ -496,5 +527,5 @@ def test_max_length_is_the_configs_then_the_tokenizers(world, tmp_path):
     del config["max_position_embeddings"], config["architectures"]
     (other / "config.json").write_text(json.dumps(config))
     assert weights.read_max_length(weights.read_config(str(other)), Limit()) == 2048
-    Limit.model_max_length = 77
+    Limit.hf.model_max_length = 77
     assert weights.read_max_length(weights.read_config(str(other)), Limit()) == 77

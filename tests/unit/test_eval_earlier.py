@@ -123,8 +123,8 @@ def test_items_that_results_json_does_not_count_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lls": [-1.0, -2.0, float("nan"), -3.0]}, "are no scores"),
-        ({"lls": [-1.0, -2.0, float("-inf"), -3.0]}, "are no scores"),
+        ({"lls": [-1.0, -2.0, float("nan"), -3.0]}, "not valid JSON: NaN is no number"),
+        ({"lls": [-1.0, -2.0, float("-inf"), -3.0]}, "not valid JSON: -Infinity is no number"),
         ({"lls": [-1.0, -2.0, -3.0]}, "field 'lls' is .*; need 4 finite numbers"),
         ({"lls": "x"}, "field 'lls' is 'x'"),
         ({"gold": 4}, "field 'gold' is 4; need a number 0 to 3"),

@@ -114,6 +114,12 @@ def test_torn_and_foreign_lines_are_passed_over(model, bins, requests, tmp_path,
         json.dumps(row | {"requests": row["requests"][::-1], "lls": row["lls"]}),
         json.dumps(row | {"lls": row["lls"][1:]}),
         json.dumps({key: row[key] for key in ("bin", "requests", "lls")}),
+        json.dumps(row | {"lls": [5.0] * len(row["lls"])}),
+        json.dumps(row | {"lls": [float("nan")] * len(row["lls"])}),
+        json.dumps(row | {"lls": [[-1.0, -1.0]] * len(row["lls"])}),
+        json.dumps(row | {"lls": [-1.0] * len(row["lls"]), "bin": True}),
+        f'{{"bin": 0, "requests": [0], "greedy": [true], "lls": [-1{"0" * 400}]}}',
+        "[" * 200_000,
     ]
     text = "\n".join([*foreign, *lines])
     file.write_bytes(text.encode(errors="surrogateescape")[:-9])  # the last line is torn

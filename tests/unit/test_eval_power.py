@@ -82,10 +82,9 @@ def test_lines_for_a_limit():
     lines = power.describe_power(200, [0.05, 0.1])
     assert len(lines) == 2
     assert lines[0] == (
-        "with 200 items per task a drop below 4.40 points cannot be shown at 5 % flips; "
-        "a 1-point margin needs 3,923 items"
+        "with 200 items a drop below 4.40 points cannot be shown at 5 % flips; to see one of 1 points takes 3,923 items"
     )
-    assert "0.5-point margin needs 15,696 items" in power.describe_power(200, [0.05], margin=0.005)[0]
+    assert "to see one of 0.5 points takes 15,696 items" in power.describe_power(200, [0.05], margin=0.005)[0]
 
 
 def test_power_counts_on_the_level_of_the_report():

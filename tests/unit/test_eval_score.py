@@ -180,9 +180,7 @@ def test_the_probe_finds_the_engines_equal(dtype):
 def test_the_probe_finds_a_wrong_engine(monkeypatch, fault, dtype):
     if fault == "causal mask":
         right = forward._ancestors
-        monkeypatch.setattr(
-            forward, "_ancestors", lambda end, prefix: right(torch.full_like(end, end.shape[1]), prefix)
-        )
+        monkeypatch.setattr(forward, "_ancestors", lambda end, *more: right(torch.full_like(end, end.shape[1]), *more))
     elif fault == "positions":
         monkeypatch.setattr(score, "plan_packed", lambda *given: [_in_a_row(one) for one in plan_packed(*given)])
     else:
@@ -250,6 +248,15 @@ def test_ids_beyond_the_vocabulary_are_refused(model):
     for wild in (request([5, VOCABULARY], [6]), request([5], [VOCABULARY])):
         with pytest.raises(UserError, match=rf"gives id {VOCABULARY}, the model has {VOCABULARY} embeddings"):
             score.check_vocabulary(model, [wild])
+
+
+def test_of_equal_maxima_the_first_is_the_greedy_one():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 0.0, 0.5]])
+    places = [np.array([0]), np.array([0]), np.array([1]), np.array([0, 1])]
+    targets = [np.array([1]), np.array([2]), np.array([2]), np.array([1, 0])]
+    lls, greedy = forward._log_likelihoods(logits, places, targets, native=False)
+    assert greedy.tolist() == [True, False, False, True]
+    assert lls[0] == lls[1] == pytest.approx(-np.log(2 + np.exp(-2.0)))
 
 
 def item(task, choices, gold=0, subject="anatomy", doc_id=0):

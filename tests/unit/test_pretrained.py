@@ -33,6 +33,16 @@ def change_the_width(folder):
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
 
 
+def leave_a_layer_out(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+
+
+def name_no_activation(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "nonsense"}))
+
+
 def cut_short(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -43,6 +53,8 @@ def cut_short(folder):
     [
         (drop_a_tensor, "lack 1 tensors of the architecture, first model.norm.weight"),
         (change_the_width, r"mlp.down_proj.weight is \[32, 64\] in the weights and \[32, 128\] by config.json"),
+        (leave_a_layer_out, "tensors that config.json leaves out, first model.layers.1.*is num_hidden_layers right"),
+        (name_no_activation, "cannot be loaded: KeyError: 'nonsense'; check config.json"),
         (cut_short, "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no .*safetensors"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sft.errors import UserError
 
@@ -75,7 +75,7 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
         UserError: it is torn, no object, nested beyond reason, or gives a key twice.
     """
     try:
-        row = json.loads(text, object_pairs_hook=_object)
+        row = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
     except RecursionError:
         raise UserError(f"{place}: JSON nested too deeply; correct it") from None
     except ValueError as error:
@@ -83,6 +83,11 @@ def parse_object(text: bytes, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f"{place}: got {type(row).__name__}, need a JSON object")
     return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    """JSON has no NaN and no infinity; Python's reader would take them."""
+    raise ValueError(f"{name} is no number")
 
 
 @contextmanager

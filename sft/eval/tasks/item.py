@@ -32,7 +32,7 @@ class Item:
     @property
     def name(self) -> str:
         """How messages call this item."""
-        return f"{self.subject} item {self.doc_id}"
+        return f"{self.task} item {self.doc_id}" if self.subject == self.task else f"{self.subject} item {self.doc_id}"
 
     @property
     def solved(self) -> str:
