@@ -7,12 +7,12 @@ import re
 import shlex
 
 import pytest
-from sft.eval.options import DriftConfig, EvalConfig
 
 from sft import config
 from sft.augment_options import AugmentConfig
 from sft.cli import COMMANDS, take_ranks
 from sft.errors import UserError
+from sft.eval.options import DriftConfig, EvalConfig
 from sft.settings import load
 from tests.tiny import REPO
 

@@ -6,10 +6,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from sft.eval.options import DriftConfig, EvalConfig
 
 from sft.config import PrepConfig, RunConfig, ShowConfig
 from sft.errors import UserError
+from sft.eval.options import DriftConfig, EvalConfig
 from sft.settings import load, redact, to_yaml
 
 REQUIRED = ["--model.path", "base", "--data.train", "shards", "--out", "run"]
