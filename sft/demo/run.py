@@ -28,6 +28,8 @@ from sft.settings import load
 from sft.tokenizer import load_tokenizer
 
 SEED = 0
+NOISE_ITEMS = 32
+"""Of each task, asked twice: fp32 on CPUs moves none of them."""
 MARKER = "made-by-sft-demo"
 """File of a folder that an earlier demonstration made, and that may be replaced."""
 
@@ -123,6 +125,7 @@ def _drift(out: Path, base: Path, tuned: Sequence[Path], report: Path) -> int:
         "data": out / "world" / "evals",
         "heldout": out / "alpaca-packs" / "heldout",
         "answers.prompts": out / "questions.txt",
+        "noise_items": NOISE_ITEMS,
     }
     return _sft("drift", {**asked, "dtype": "fp32", "gate.max_drop": world.MAX_DROP, "out": report}, EXIT_GATE_FAILED)
 

@@ -78,9 +78,10 @@ def test_training_wrote_exactly_these_files(work):
 
 
 def test_drift_wrote_exactly_these_files(work):
-    each = ["items-hellaswag.jsonl", "items-mmlu.jsonl", "results.json"]
+    each = ["extras.json", "items-hellaswag.jsonl", "items-mmlu.jsonl", "results.json"]
     expected = [f"{side}/{file}" for side in ("base", "tuned") for file in each]
-    assert files_below(work / "drift") == sorted([*expected, "drift.json", "drift.md"])
+    plots = ["margins-hellaswag.png", "margins-mmlu.png", "subjects.png"]
+    assert files_below(work / "drift") == sorted([*expected, *plots, "drift.html", "drift.json", "drift.md"])
     report = json.loads((work / "drift" / "drift.json").read_text())
     assert report["tasks"]["mmlu"]["n"] == 8
     assert report["tasks"]["hellaswag"]["n"] == 4
