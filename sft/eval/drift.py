@@ -28,7 +28,7 @@ from sft.eval.tasks.files import read_object
 from sft.eval.tasks.item import NUM_CHOICES
 from sft.settings import load
 
-LOG_WIDTH = 100
+LOG_WIDTH = 110
 """Columns of the table where there is no terminal, whose width would be known."""
 
 
