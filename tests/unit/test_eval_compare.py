@@ -8,9 +8,10 @@ import pytest
 from sft.eval import compare as module
 from sft.eval.compare import Side, compare, decide, verdict
 from sft.eval.options import GateSection
-from sft.eval.results import HEADLINE, Asked, Record, Scored
+from sft.eval.results import HEADLINE, Asked, Scored
 from sft.eval.stats import compare_pairs, holm
 from sft.eval.tasks.mmlu import CATEGORIES
+from tests.eval_records import invented_record
 
 SUBJECTS = [subject for subjects in CATEGORIES.values() for subject in subjects]
 COMPARISON = {
@@ -25,26 +26,8 @@ VERDICTS = {
 }  # fmt: skip
 
 
-def record(task, subject, doc_id, gold, lls, cluster, chars=(2, 2, 2, 2)):
-    pred, pred_norm = int(np.argmax(lls)), int(np.argmax(np.array(lls) / chars))
-    return Record(
-        task=task,
-        subject=subject,
-        doc_id=doc_id,
-        gold=gold,
-        lls=tuple(float(ll) for ll in lls),
-        pred=pred,
-        pred_norm=pred_norm,
-        correct=pred == gold,
-        correct_norm=pred_norm == gold,
-        prompt_sha256="",
-        cluster=cluster,
-        greedy=(False,) * 4,
-        chars=chars,
-        utf8_bytes=chars,
-        gap=0.0,
-        near_tie=False,
-    )
+def record(task, subject, doc_id, gold, lls, cluster):
+    return invented_record(lls, gold, task=task, subject=subject, doc_id=doc_id, chars=(2, 2, 2, 2), cluster=cluster)
 
 
 def answer(choice, doubt=0.0):

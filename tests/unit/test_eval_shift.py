@@ -7,32 +7,9 @@ import numpy as np
 import pytest
 
 from sft.eval import shift
-from sft.eval.results import Record
+from tests.eval_records import invented_record as record
 
 scipy_stats = pytest.importorskip("scipy.stats")
-
-
-def record(lls, gold, chars=(1, 1, 1, 1), utf8_bytes=None, cluster="x"):
-    per_char = [ll / length if length else -math.inf for ll, length in zip(lls, chars, strict=True)]
-    pred, pred_norm = int(np.argmax(lls)), int(np.argmax(per_char))
-    return Record(
-        task="mmlu",
-        subject=cluster,
-        doc_id=0,
-        gold=gold,
-        lls=tuple(float(ll) for ll in lls),
-        pred=pred,
-        pred_norm=pred_norm,
-        correct=pred == gold,
-        correct_norm=pred_norm == gold,
-        prompt_sha256="",
-        cluster=cluster,
-        greedy=(False,) * 4,
-        chars=chars,
-        utf8_bytes=utf8_bytes or chars,
-        gap=0.0,
-        near_tie=False,
-    )
 
 
 def models(seed, n=200, scale=1.0):
