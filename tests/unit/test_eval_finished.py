@@ -121,7 +121,7 @@ def test_torn_and_foreign_lines_are_passed_over(model, bins, requests, tmp_path,
         f'{{"bin": 0, "requests": [0], "greedy": [true], "lls": [-1{"0" * 400}]}}',
         "[" * 200_000,
     ]
-    text = "\n".join([*foreign, *lines])
+    text = "\n".join([*lines[:-1], *foreign, lines[-1]])  # behind the bin that they pretend to be
     file.write_bytes(text.encode(errors="surrogateescape")[:-9])  # the last line is torn
     started = computed.count
     resumed = ask(model, bins, tmp_path)
