@@ -253,6 +253,9 @@ class GuardSection(Section):
     """A spike lies this many robust standard deviations (1.4826 x median absolute deviation) above the median."""
     max_rollbacks: PositiveInt = 3
     """Rollbacks of one run before it stops."""
+    arrive_after_s: Annotated[float, Field(ge=1, le=1e6)] = 600.0
+    """At the start, ranks wait so long for the last one to come (a pod may have an image to load), then name it and
+    stop."""
     lost_after_s: Annotated[float, Field(ge=1, le=1e6)] = 60.0
     """A rank without a sign of life for this long is lost, and the others stop."""
     hang_after_s: Annotated[float, Field(ge=1, le=1e6)] = 900.0

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +21,8 @@ from sft.config import RunConfig
 from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
 from sft.optim import build_optimizer
-from sft.ports import free_port
 from sft.pretrained import choose_dtype, load_causal_lm
+from sft.rendezvous import Meeting, meet
 from sft.zero_state import flat_tensors
 
 OWNED_KEYS = (
@@ -46,6 +47,9 @@ OWNED_KEYS = (
 
 GROUP_TIMEOUT = timedelta(hours=2)
 """Longer than anything that sft.watchdog waits for: it names the rank, and a group's own timeout aborts every rank."""
+
+ARRIVE_AFTER_S = 600.0
+"""The default of guard.arrive_after_s."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,34 @@ def read_strategy(name: str) -> dict[str, Any]:
     return strategy
 
 
-def start_distributed() -> torch.device:
-    """Join the process group that the launcher describes (or a group of one) and return this rank's device."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+def start_distributed(
+    arrive_after_s: float = ARRIVE_AFTER_S, asked_to_stop: Callable[[], bool] = lambda: False
+) -> torch.device:
+    """Meet the ranks that the launcher describes (or be a group of one), join, and return this rank's device.
+
+    Raises:
+        RankLost, Preempted, UserError: as `sft.rendezvous.meet`.
+    """
+    return join(meet(arrive_after_s, asked_to_stop))
+
+
+def join(meeting: Meeting) -> torch.device:
+    """Make the process group of ranks that have met; returns this rank's device."""
     _prepare_deepspeed()
     # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
-    if get_accelerator().device_name() == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    on_gpu = get_accelerator().device_name() == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
         torch.cuda.set_device(device)
-        deepspeed.init_distributed("nccl", timeout=GROUP_TIMEOUT, verbose=False)
-        return device
-    deepspeed.init_distributed("gloo", timeout=GROUP_TIMEOUT, verbose=False)
-    return torch.device("cpu")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=meeting.store,
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        timeout=GROUP_TIMEOUT,
+    )
+    deepspeed.init_distributed(verbose=False)  # takes the group that is there
+    return device
 
 
 def choose_numerics(config: RunConfig, device: torch.device, model_type: str) -> Numerics:

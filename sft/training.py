@@ -50,7 +50,7 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
-    device = start_distributed()
+    device = start_distributed(config.guard.arrive_after_s, lambda: inbox.received is not None)
     is_first = dist.get_rank() == 0
     numerics = choose_numerics(config, device, inputs.model_config["model_type"])
     resume.on_first_rank(lambda: lock(out))
