@@ -28,6 +28,7 @@ import xxhash
 from safetensors import safe_open
 
 from sft.errors import UserError
+from sft.folders import sync_folder
 from sft.zero_state import STATES
 
 FORMAT_VERSION = 2
@@ -389,12 +390,3 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)  # says why
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,17 +1,15 @@
 """Which checkpoints are kept, and the disk that a run will need."""
 
-import json
 import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from sft.checkpoint import is_complete, list_checkpoints, read_meta
 from sft.config import CheckpointSection
 from sft.errors import UserError
+from sft.weight_files import num_parameters
 from sft.zero_state import STATES
 
 GIB = 2**30
@@ -63,41 +61,10 @@ def checkpoint_bytes(num_parameters: int) -> int:
     return 4 * len(STATES) * num_parameters
 
 
-def num_parameters(model: Path) -> int:
-    """Elements of all tensors of a model folder, read from the headers of the files that transformers would load.
-
-    Raises:
-        UserError: a file is missing, or is no whole safetensors file.
-    """
-    return sum(_num_elements(path) for path in _weight_files(model))
-
-
 def _complete(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
     """Folder and meta.json of every complete checkpoint, by step."""
     found = [(path, read_meta(path)) for path in list_checkpoints(folder) if is_complete(path)]
     return {meta["step"]: (path, meta) for path, meta in found}
-
-
-def _weight_files(model: Path) -> list[Path]:
-    """In transformers' order of preference; others (Mistral's consolidated.safetensors) hold the same weights again."""
-    index = model / "model.safetensors.index.json"
-    if (single := model / "model.safetensors").is_file() or not index.is_file():
-        return [single]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.path {index}: is no index of safetensors files: {error!r}; copy it again") from None
-    return [model / name for name in sorted(names)]
-
-
-def _num_elements(path: Path) -> int:
-    if not path.is_file():
-        raise UserError(f"model.path {path}: no such file; copy the model folder again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"model.path {path}: is no whole safetensors file ({error}); copy it again") from None
 
 
 def check_disk(
