@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Train on every host of a hostfile (lines of `name slots=8`), started from one of them through pdsh and ssh.
-# Every host needs this folder and the environment under the same paths, and ssh without a password.
+# Train on every host of a hostfile (lines of `name slots=8`), started from one of them, or from a login node, through
+# pdsh and ssh. JOB=doctor launch/multi_node.sh ... checks the same hosts for the same run instead.
+# Every host needs this folder and the Python environment under the same paths, ssh without a password, and `out` on a
+# file system that all share. MASTER_PORT (29500) must be free on the first host.
 #
-# The other hosts start with the variables whose names begin with PYTHON, MLFLOW, MV2 or UCX, those that DeepSpeed
-# exports for the accelerator (NCCL*), and the lines of ~/.deepspeed_env and ./.deepspeed_env: NAME=value each,
-# without blank lines or comments, which end the launcher with a ValueError.
+# The other hosts get this shell's NCCL_*, GLOO_*, WANDB_*, HF_*, CUDA_*, OMP_*, TORCH_*, PYTHON* and a few more
+# (sft/launch_env.py), then the lines of ~/.deepspeed_env and ./.deepspeed_env. Secrets (*KEY*, *TOKEN*, ...) travel in a
+# file that only you can read, never on a command line.
 #
-# SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to it reaches the ranks of this host; with all others they save and leave, and it
-# ends with 75. From a host that has none of the ranks nothing can be passed on: send the signal to any one rank.
+# SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to it: all ranks save and leave, and it ends with 75. The same command goes on.
 set -euo pipefail
 
-if [[ $# -lt 2 || ! -f $1 || ! -f $2 ]]; then
-    echo "usage: $0 HOSTFILE CONFIG.yaml [--section.key value ...]" >&2
+if [[ $# -lt 2 || ! -f $1 || ! -f $2 || ! ${JOB:-train} =~ ^(train|doctor)$ ]]; then
+    echo "usage: [JOB=doctor] $0 HOSTFILE CONFIG.yaml [--section.key value ...]" >&2
     exit 2
 fi
 hostfile=$1
@@ -19,5 +20,5 @@ config=$2
 shift 2
 
 # A hostfile with one host would take the single-node path, on which `deepspeed` reads no .deepspeed_env.
-exec python -m sft.launch \
-    deepspeed --hostfile "$hostfile" --force_multi --module sft.train --config "$config" "$@"
+exec python -m sft.launch deepspeed --hostfile "$hostfile" --force_multi --master_port "${MASTER_PORT:-29500}" \
+    --module "sft.${JOB:-train}" --config "$config" "$@"

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from sft import __version__
 from sft.errors import UserError, run_command
 from sft.local_ranks import run_ranks
 from sft.ports import free_port
-from sft.supervisor import TRAINER, supervise
+from sft.ranks import TRAINER
+from sft.supervisor import Job, supervise
 
 COMMANDS = {
     "demo": ("sft.demo.run", "the whole pipeline on embedded data, 2 CPU ranks, a few minutes"),
@@ -21,6 +23,8 @@ COMMANDS = {
     "augment": ("sft.augment", "paraphrase or back-translate rows with local models, or with a function of your own"),
     "prep verify": ("data_prep.verify", "check every digest, count and contract of prepared shards"),
     "show": ("data_prep.show", "look at packed rows: supervised tokens marked, document boundaries drawn"),
+    "doctor": ("sft.doctor.run", "what would fail on these hosts, and for a run, before a GPU hour is spent (--ranks N)"),
+    "stage": ("sft.stage", "copy model and shards to this host's own disk, once, with checksums"),
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
     "blame": ("sft.blame", "the documents of an optimizer step, from their source files"),
     "export": ("sft.export", "checkpoint to verified Hugging Face folder"),
@@ -50,7 +54,7 @@ def dispatch(argv: Sequence[str]) -> None:
         raise UserError(f"unknown command '{command}'; did you mean 'sft {near}'? See sft --help")
     elif command == "train":
         train(rest)
-    elif command in ("eval", "drift"):
+    elif command in ("doctor", "eval", "drift"):
         evaluate(COMMANDS[command][0], rest)
     else:
         importlib.import_module(COMMANDS[command][0]).main(rest)
@@ -61,7 +65,7 @@ def train(argv: Sequence[str]) -> None:
     wanted, options = take_ranks(list(argv))
     if {"-h", "--help"} & set(options):
         print("--ranks N             Processes on this host. [default: one per visible GPU; 1 on CPU]\n")
-    ranks, on_cpu, out = check_run(options, wanted)
+    ranks, on_cpu, lost_after_s = check_run(options, wanted)
     environment = dict(os.environ)
     launcher = [
         sys.executable,
@@ -81,13 +85,15 @@ def train(argv: Sequence[str]) -> None:
     else:
         launcher += ["--num_gpus", str(ranks)]
     say = functools.partial(print, file=sys.stderr, flush=True)
-    code = supervise([*launcher, "--module", TRAINER, *options], options, out, say, environment)
+    with tempfile.TemporaryDirectory(prefix="sft-", ignore_cleanup_errors=True) as folder:
+        job = Job([*launcher, "--module", TRAINER, *options], TRAINER, options, environment, Path(folder), lost_after_s)
+        code = supervise(job, say)
     if code:
         raise SystemExit(code)
 
 
 def evaluate(module: str, argv: Sequence[str]) -> None:
-    """Score in this process, or in a rank per GPU (or `--ranks N`) of this host."""
+    """Score, or check, in this process, or in a rank per GPU (or `--ranks N`) of this host."""
     wanted, options = take_ranks(list(argv))
     asks = {"-h", "--help", "--print-config", "--print-schema"} & set(options)
     if {"-h", "--help"} & asks:
@@ -113,8 +119,8 @@ def _choose_ranks(wanted: int | None) -> int:
     return wanted or max(1, gpus)
 
 
-def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Path]:
-    """Validate options and inputs; returns the number of ranks, whether they run on CPU, and the run's folder."""
+def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, float]:
+    """Validate options and inputs; returns the number of ranks, whether they run on CPU, and guard.lost_after_s."""
     import torch
 
     from sft.config import RunConfig
@@ -128,9 +134,9 @@ def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, Pa
     if not on_cpu and ranks > torch.cuda.device_count():
         raise UserError(f"--ranks {ranks}: only {torch.cuda.device_count()} GPUs are visible here")
     inputs = open_inputs(config, ranks)
-    out = run_folder(config)
+    run_folder(config)
     find_resume(config, inputs)
-    return ranks, on_cpu, out
+    return ranks, on_cpu, config.guard.lost_after_s
 
 
 def take_ranks(argv: list[str]) -> tuple[int | None, list[str]]:

@@ -1,29 +1,93 @@
 """`python -m sft.launch deepspeed ... --module sft.train OPTIONS`: a launcher of one's own choice, with the signals and
-exit codes of `sft train`. The files in launch/ are built on it."""
+exit codes of `sft train`. The files in launch/ are built on it; also for torchrun, and for sft.doctor."""
 
+import contextlib
 import functools
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.config import RunConfig
-from sft.errors import UserError, run_command
+from sft.doctor.options import DoctorConfig
+from sft.errors import EXIT_CODES_FOLDER, UserError, run_command
+from sft.launch_env import for_pdsh, hand_on
+from sft.ranks import DOCTOR, MODULES
+from sft.rendezvous import HOSTS
+from sft.run_folder import LAUNCH
 from sft.settings import load
-from sft.supervisor import TRAINER, supervise
+from sft.ssh import PDSH_OPTIONS, check_hosts, read_hostfile, ssh_options
+from sft.supervisor import Job, supervise
+
+BY_SSH = "--force_multi"
+"""In the command of `deepspeed` where it starts the ranks of every host through ssh."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Check the options, then run the command under supervision and leave with the ranks' exit code.
 
     Raises:
-        UserError: the command does not start sft.train, or its options are wrong.
+        UserError: the command starts no module of ours, its options are wrong, or a host does not answer.
     """
-    if TRAINER not in argv:
-        raise UserError(f"sft.launch: no {TRAINER} in the command; expected: deepspeed ... --module {TRAINER} OPTIONS")
-    options = argv[list(argv).index(TRAINER) + 1 :]
-    out = Path(load(RunConfig, options, prog="sft train").out)
-    if code := supervise(argv, options, out, functools.partial(print, file=sys.stderr, flush=True)):
+    module = next((word for word in argv if word in MODULES), None)
+    if module is None:
+        raise UserError(
+            f"sft.launch: no {MODULES[0]} in the command; expected: deepspeed ... --module {MODULES[0]} OPTIONS"
+        )
+    at = list(argv).index(module)
+    command, options = argv[:at], argv[at + 1 :]
+    config = load(DoctorConfig if module == DOCTOR else RunConfig, options, prog=module.replace(".", " "))
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    make_job = job_by_ssh if BY_SSH in command else job_here
+    with make_job(command, module, options, config) as job:
+        code = supervise(job, say)
+    if code:
         raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def job_here(command: Sequence[str], module: str, options: Sequence[str], config: RunConfig) -> Iterator[Job]:
+    """The command as it is: its ranks run on this host."""
+    with tempfile.TemporaryDirectory(prefix="sft-", ignore_cleanup_errors=True) as folder:
+        yield Job([*command, module, *options], module, options, os.environ, Path(folder), config.guard.lost_after_s)
+
+
+@contextlib.contextmanager
+def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], config: RunConfig) -> Iterator[Job]:
+    """`deepspeed --hostfile FILE --force_multi`, with what DeepSpeed leaves to its user.
+
+    Hosts that do not answer are told before anything starts; variables and secrets reach the ranks (sft.launch_env);
+    options survive two shells; a silent ssh connection ends.
+    """
+    hostfile = Path(command[command.index("--hostfile") + 1])
+    hosts = read_hostfile(hostfile)
+    address = os.environ.get("MASTER_ADDR") or check_hosts(hosts, hostfile)
+    out = Path(config.out)
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=LAUNCH, dir=out))  # mode 0700
+    try:
+        codes = folder / "exit-codes"
+        codes.mkdir()
+        by_rank = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+        environment = {**os.environ, HOSTS: by_rank, EXIT_CODES_FOLDER: str(codes.absolute())}
+        launcher = [*command[:-1], "--no_ssh_check", "--master_addr", address, command[-1]]
+        yield Job(
+            [*launcher, module, *map(for_pdsh, options)],
+            module,
+            options,
+            {**hand_on(environment, folder), PDSH_OPTIONS: ssh_options()},
+            codes,
+            config.guard.lost_after_s,
+            list(hosts),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds a run by now
+                out.rmdir()
 
 
 if __name__ == "__main__":

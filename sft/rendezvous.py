@@ -175,7 +175,7 @@ def _check_in(
             missing = [other for other in range(world_size) if not store.check([f"place/{other}"])]
             raise RankLost(
                 f"{_me(rank)}: {missing_ranks(missing, os.environ.get(HOSTS))} did not come within "
-                f"{arrive_after_s:.0f} s ({world_size - len(missing)} of {world_size} ranks are here); see the output of that host"
+                f"{arrive_after_s:.0f} s ({world_size - len(missing)} of {world_size} are here); see that host's output"
             )
         time.sleep(LOOK_S)
 

@@ -10,6 +10,8 @@ from sft.errors import UserError
 from sft.settings import to_yaml
 
 LOCK = "lock"
+LAUNCH = "launch-"
+"""Beginning of the names of folders that launchers of several hosts keep here while they are at work."""
 VISIBLE_AFTER_S = 90.0
 """A network file system may remember for this long that a folder did not exist."""
 
@@ -24,7 +26,11 @@ def run_folder(config: RunConfig) -> Path:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; choose a folder")
     is_run = (out / "config.yaml").is_file()
-    if out.is_dir() and not is_run and any(path.name != LOCK for path in out.iterdir()):
+    if (
+        out.is_dir()
+        and not is_run
+        and any(path.name != LOCK and not path.name.startswith(LAUNCH) for path in out.iterdir())
+    ):
         raise UserError(f"--out {out}: exists and is no run folder; choose another")
     return out
 

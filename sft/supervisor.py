@@ -2,190 +2,123 @@
 
 DeepSpeed's launchers lose both. On one node `deepspeed` dies of a signal and leaves the rest running; its child
 launch.py kills the ranks 30 s after SIGTERM, in the middle of a long save, and then says 1; `deepspeed` says 0 where
-launch.py was killed. So a signal is passed to the ranks, past both of them, and they wait for the ranks as ever.
+launch.py was killed; over ssh it kills every launch.py of this user, of other runs too. So a signal is passed to the
+ranks, past all of them, and they wait for the ranks as ever; and where some have ended and the rest does not, as behind
+a cut link, everything is ended here.
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from sft.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_GUARD, EXIT_PREEMPTED, EXIT_RANK_LOST
+from sft.errors import EXIT_BAD_INPUT, EXIT_CODES_FOLDER, EXIT_PREEMPTED
+from sft.ranks import TRAINER, exit_code, find_ranks, listens, read_exit_codes, send
 from sft.signals import SIGNALS
+from sft.ssh import on_hosts
 
-TRAINER = "sft.train"
 TWICE_ENDS = {signal.SIGTERM, signal.SIGINT}
 BROADCAST = (signal.SIGUSR1, signal.SIGHUP)
 """What a scheduler may send to every process of a job, and the launchers would die of."""
-BY_SSH = "--force_multi"
-"""In the command of `deepspeed` where it starts the ranks of every host through ssh."""
 APART_S = 2.0
 """One wish can arrive as two signals: Slurm may send SIGTERM to tasks and to the script, which passes it on to them."""
 LOOK_S = 0.2
-END_S = 20.0
-"""For the launcher of several hosts to end their ranks over ssh."""
+REMOTE_S = 30.0
+"""For a signal to reach the ranks of other hosts over ssh, and between two attempts."""
 OTHER_HOSTS_WAIT_S = 10.0
 """srun ends all nodes as soon as one has failed; an ending that all share should come from each of them."""
-
-EXIT_OF_EVENT = {
-    "finish": 0,
-    "stop": 0,
-    "export": 0,
-    "error": 1,
-    "gate_failed": EXIT_GATE_FAILED,
-    "guard_stop": EXIT_GUARD,
-    "rank_lost": EXIT_RANK_LOST,
-    "preempt": EXIT_PREEMPTED,
-}
-"""How the ranks ended, as they wrote it to events.jsonl."""
-OF_THE_RANKS = {EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_GUARD, EXIT_RANK_LOST, EXIT_PREEMPTED}
-"""Exit codes that only a rank can have given to the launcher."""
+BAD_INPUT_WAIT_S = 15.0
+"""After one rank has refused its input: the others say the same by then, or wait for it in vain."""
+REST_WAIT_S = 90.0
+"""After the first rank has left and lost_after_s more: by then the others' watchdogs have ended them, or never will."""
 
 
-def supervise(
-    command: Sequence[str],
-    options: Sequence[str],
-    out: Path,
-    say: Callable[[str], None],
-    environment: Mapping[str, str] | None = None,
-) -> int:
-    """Run a launcher of `sft.train` to its end, and return the exit code of the ranks (table in sft.errors).
+@dataclass(frozen=True)
+class Job:
+    """A launcher's command and what must be known of its ranks."""
 
-    On SIGTERM, SIGUSR1, SIGINT or SIGHUP to this process, the ranks on this host get it, and they agree with all others
-    to save and leave with 75. A second SIGTERM or SIGINT, at least 2 s later, kills the run: 128 + its number.
-    No process of the launcher's group outlives this call.
+    command: Sequence[str]
+    """Ends with `sft.train` (or sft.doctor) and `options`."""
+    module: str
+    options: Sequence[str]
+    """Of the module, exactly as the ranks will show them: that is how they are recognized."""
+    environment: Mapping[str, str]
+    exit_codes: Path
+    """An empty folder, for this start alone; where ranks run on several hosts, one that all of them see."""
+    lost_after_s: float = 60.0
+    """guard.lost_after_s of the run."""
+    hosts: Sequence[str] = field(default=())
+    """Where ranks are started through ssh: their hosts. Those on this one are nobody's descendants, either."""
+
+
+def supervise(job: Job, say: Callable[[str], None]) -> int:
+    """Run a launcher to its end, and return the exit code of the ranks (table in sft.errors).
+
+    On SIGTERM, SIGUSR1, SIGINT or SIGHUP to this process, the ranks on this host get it, or one of another host where
+    it has none, and they agree with all others to save and leave with 75. A second SIGTERM or SIGINT, at least 2 s
+    later, kills the run: 128 + its number. No process of the launcher's group outlives this call.
 
     Args:
-        command: ends with `--module sft.train` and `options`.
-        options: of sft.train, exactly as the ranks will show them: that is how they are recognized.
-        out: the run's folder.
+        job: what to run.
         say: shows one line to the user.
     """
-    events = out / "events.jsonl"
-    began = events.stat().st_size if events.is_file() else 0
     requests: list[tuple[int, float]] = []
-    launched = _start(command, environment, requests)
+    launched = _start(job, requests)
+    ranks_of_ours = _finder(job, launched.pid)
     told: set[psutil.Process] | None = None
-
-    def ranks_of_ours() -> list[psutil.Process]:
-        """A second start of the same command, which the run's lock refuses, must not touch the first one's ranks."""
-        found = find_ranks(options)
-        if BY_SSH in command:  # where they are nobody's descendants
-            return found
-        return [rank for rank in found if _session(rank) == launched.pid]
+    had_begun = False
+    asked_remotely_s, first_left_s = float("-inf"), None
 
     while launched.poll() is None or ranks_of_ours():
         if lost := launched.returncode is not None and not requests:
             _tell(say, "error: the launcher was killed and left its ranks")
             requests.append((signal.SIGTERM, time.monotonic()))
+        codes = read_exit_codes(job.exit_codes)
+        if any(codes.values()) and first_left_s is None:
+            first_left_s = time.monotonic()
+        if first_left_s is not None and time.monotonic() > first_left_s + _patience_s(job, codes):
+            _tell(say, f"error: {_who_left(codes)}, but the launcher or other ranks did not end; killed")
+            _end(job, launched, ranks_of_ours())
+            break
         if requests:
             ranks = ranks_of_ours()
             ready = {rank for rank in ranks if listens(rank)}
-            if ranks and _insists(requests):
+            had_begun = had_begun or bool(ready or codes)
+            if _insists(requests):
                 _tell(say, "stopped at once, without saving")
-                _end(launched, ranks)
+                _end(job, launched, ranks)
                 return 128 + requests[-1][0]
-            if told is None and not ready and not events_since(events, began):
+            if told is None and not had_begun and not job.hosts:
                 _tell(say, "stopped: the ranks had not begun, and there is nothing to save")
-                _end(launched, ranks)
-                return 1 if lost else EXIT_PREEMPTED
+                _end(job, launched, ranks)
+                return 1 if lost else _code_of(job, requests[0][0])
             if told is None:
-                _tell(say, _answer(requests[0][0], ranks))
-            told = (told or set()) | _send(requests[0][0], ready - (told or set()))
+                _tell(say, f"{_name(requests[0][0])}: {_answer(requests[0][0])}")
+            told = (told or set()) | send(requests[0][0], ready - (told or set()))
+            if job.hosts and not told and time.monotonic() > asked_remotely_s + REMOTE_S:
+                asked_remotely_s = time.monotonic()
+                _signal_remotely(job, requests[0][0])
         time.sleep(LOOK_S)
     _kill_group(launched)
-    code = exit_code(launched.returncode, events_since(events, began), events_since(events, 0))
+    if job.hosts and launched.returncode < 0 and not requests:
+        _tell(say, "error: the launcher was killed; the ranks of the other hosts are asked to save and leave")
+        _signal_remotely(job, signal.SIGTERM)
+    code = exit_code(launched.returncode, read_exit_codes(job.exit_codes))
     if code == 1 and launched.returncode == 0:
         _tell(say, "error: the ranks ended before the last step; see their output above")
-    if code in OF_THE_RANKS and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+    if code > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         time.sleep(OTHER_HOSTS_WAIT_S)
     return code
 
 
-def find_ranks(options: Sequence[str]) -> list[psutil.Process]:
-    """This host's ranks that this user started in this folder with these options.
-
-    By their command line, and not as descendants: those that ssh started are none, and those of a killed launcher are
-    none any more.
-    """
-    found = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has just ended, or is another user's
-            if (
-                is_rank(process.cmdline(), options)
-                and process.uids().real == os.getuid()
-                and process.cwd() == str(Path.cwd())
-            ):
-                found[process.pid] = process
-    return [rank for rank in found.values() if _parent(rank) not in found]  # a fork shows the same command line
-
-
-def is_rank(words: Sequence[str], options: Sequence[str]) -> bool:
-    """Whether a command line is what launch.py starts for a rank."""
-    split = len(words) - len(options)
-    return (
-        split >= 2
-        and words[split - 2] == TRAINER
-        and words[split - 1].startswith("--local_rank=")
-        and list(words[split:]) == list(options)
-    )
-
-
-def listens(rank: psutil.Process) -> bool:
-    """Whether a process has taken over all of SIGNALS, which would kill it before that."""
-    try:
-        status = Path(f"/proc/{rank.pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
-    return all(caught >> (number - 1) & 1 for number in SIGNALS)
-
-
-def events_since(path: Path, offset: int) -> list[str]:
-    """Kinds of the events that were written after `offset` bytes; a line that a crash cut short is passed over."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        file.seek(offset)
-        lines = file.read().splitlines()
-    kinds = []
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            kinds.append(str(json.loads(line)["event"]))
-    return kinds
-
-
-def exit_code(launcher: int, events: Sequence[str], all_events: Sequence[str]) -> int:
-    """The ranks' exit code, from the launcher's where it can be a rank's, else from the events.
-
-    Args:
-        launcher: its exit code, negative for a signal, as subprocess has it.
-        events: kinds of events since the launcher started.
-        all_events: of the whole run; one that was finished before writes no more.
-    """
-    if launcher in OF_THE_RANKS:
-        return launcher
-    ending = next((EXIT_OF_EVENT[kind] for kind in reversed(events) if kind in EXIT_OF_EVENT), None)
-    if launcher == 1:  # a crash; or launch.py got a signal itself
-        return ending if ending in (EXIT_GATE_FAILED, EXIT_GUARD, EXIT_PREEMPTED) else 1
-    if ending in OF_THE_RANKS:
-        return ending
-    if launcher == 0:
-        return int(not all_events or EXIT_OF_EVENT.get(all_events[-1]) != 0)
-    if launcher > 192:  # launch.py leaves with the negative signal number of its rank, modulo 256
-        launcher -= 256
-    return launcher if launcher > 0 else 128 - launcher
-
-
-def _start(
-    command: Sequence[str], environment: Mapping[str, str] | None, requests: list[tuple[int, float]]
-) -> "subprocess.Popen[bytes]":
+def _start(job: Job, requests: list[tuple[int, float]]) -> "subprocess.Popen[bytes]":
     """In a session of its own, so that Ctrl-C reaches this process alone, and the whole group can be ended."""
 
     def receive(number: int, _frame: object) -> None:
@@ -193,10 +126,41 @@ def _start(
 
     for number in BROADCAST:  # children inherit what is ignored, until they take a signal over themselves
         signal.signal(number, signal.SIG_IGN)
-    launched = subprocess.Popen(command, env=environment, start_new_session=True)
+    environment = {**job.environment, EXIT_CODES_FOLDER: str(job.exit_codes.absolute())}
+    launched = subprocess.Popen(job.command, env=environment, start_new_session=True)
     for number in SIGNALS:
         signal.signal(number, receive)
     return launched
+
+
+def _finder(job: Job, launcher: int) -> Callable[[], list[psutil.Process]]:
+    """A second start of the same command, which the run's lock refuses, must not touch the first one's ranks."""
+    known: set[psutil.Process] = set()
+
+    def ranks_of_ours() -> list[psutil.Process]:
+        found = find_ranks(job.module, job.options)
+        if job.hosts:
+            return found
+        known.update(rank for rank in found if _session(rank) == launcher or launcher in _ancestors(rank))
+        return [rank for rank in found if rank in known]  # those of a killed torchrun have lost their ancestors
+
+    return ranks_of_ours
+
+
+def _patience_s(job: Job, codes: Mapping[int, int]) -> float:
+    """After the first rank has left with an error."""
+    if EXIT_BAD_INPUT in codes.values() and len(job.hosts) > 1:
+        return BAD_INPUT_WAIT_S
+    return job.lost_after_s + REST_WAIT_S
+
+
+def _who_left(codes: Mapping[int, int]) -> str:
+    rank = min(rank for rank, code in codes.items() if code)
+    return f"rank {rank} has ended with exit code {codes[rank]}"
+
+
+def _code_of(job: Job, number: int) -> int:
+    return EXIT_PREEMPTED if job.module == TRAINER else 128 + number
 
 
 def _insists(requests: Sequence[tuple[int, float]]) -> bool:
@@ -204,24 +168,18 @@ def _insists(requests: Sequence[tuple[int, float]]) -> bool:
     return len(times_s) > 1 and times_s[-1] - times_s[0] >= APART_S
 
 
-def _answer(number: int, ranks: Sequence[psutil.Process]) -> str:
-    name = signal.Signals(number).name
-    if not ranks:
-        return f"{name}: no rank of this run on this host; send the signal to any one of its ranks"
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _answer(number: int) -> str:
     once_more = "; once more to stop at once without saving" if number in TWICE_ENDS else ""
-    return f"{name}: saving, then stopping{once_more}"
+    return f"saving, then stopping{once_more}"
 
 
 def _tell(say: Callable[[str], None], line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone, and that may be why there is something to say
         say(line)
-
-
-def _send(number: int, ranks: set[psutil.Process]) -> set[psutil.Process]:
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
-    return ranks
 
 
 def _session(process: psutil.Process) -> int | None:
@@ -231,22 +189,25 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-def _parent(process: psutil.Process) -> int | None:
+def _ancestors(process: psutil.Process) -> list[int]:
     try:
-        return process.ppid()
-    except psutil.NoSuchProcess:
-        return None
+        return [parent.pid for parent in process.parents()]
+    except psutil.Error:
+        return []
 
 
-def _end(launched: "subprocess.Popen[bytes]", ranks: Sequence[psutil.Process]) -> None:
-    """Kill everything, without leaving the ranks of other hosts behind where the launcher can reach them."""
-    for rank in ranks:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.kill()
-    launched.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        launched.wait(END_S)
+def _signal_remotely(job: Job, number: int) -> None:
+    """To the ranks of all hosts. One of them would do for a save, but any host may be the one that does not answer."""
+    command = [sys.executable, "-m", "sft.signal_ranks", str(int(number)), job.module, *job.options]
+    on_hosts(job.hosts, command, REMOTE_S)
+
+
+def _end(job: Job, launched: "subprocess.Popen[bytes]", ranks: Sequence[psutil.Process]) -> None:
+    """Kill everything, here and on the other hosts; with the launcher first, which would start its own kind of end."""
     _kill_group(launched)
+    send(signal.SIGKILL, set(ranks))
+    if job.hosts:
+        _signal_remotely(job, signal.SIGKILL)
     launched.wait()
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sft.config import RunConfig
 from sft.errors import Preempted, UserError, run_rank
+from sft.launch_env import take_secrets
 from sft.settings import load
 from sft.signals import Inbox
 
@@ -14,6 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Train, or resume, the run that the options describe; at its end, export the model."""
     inbox = Inbox()
     inbox.listen()  # first: the imports take seconds, in which a signal would end the process
+    take_secrets()
     config = load(RunConfig, argv, prog="sft train")
     # a rank whose peers are lost says so in one line; torch's own account of the broken store is a C++ stack
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from sft.errors import EXIT_CODES, EXIT_RANK_LOST, Preempted, RankLost
+from sft.errors import EXIT_CODES, EXIT_RANK_LOST, Preempted, RankLost, leave
 from sft.vitals import (
     ADVICE,
     Beat,
@@ -339,7 +339,7 @@ class Watchdog:
             self._reason = verdict.reason
             self._found.set()
             time.sleep(LEAVE_S)
-            os._exit(EXIT_RANK_LOST)
+            leave(EXIT_RANK_LOST)
         self._leave(verdict)
 
     def _leave(self, verdict: Verdict) -> None:
@@ -352,7 +352,7 @@ class Watchdog:
                 os.write(2, f"{EXIT_CODES[RankLost][1]}: {verdict.reason}\n".encode())
             run_bounded(LEAVE_S, self._write_down, verdict)  # what hangs may be the file system
         finally:
-            os._exit(EXIT_RANK_LOST)
+            leave(EXIT_RANK_LOST)
 
     def _write_down(self, verdict: Verdict) -> None:
         """Stacks of a rank that hangs (of all, where none is behind), and the event on one rank."""

@@ -30,6 +30,11 @@ rank = int(os.environ["RANK"])
 received = []
 
 
+def leave(code):
+    (Path(os.environ.get("SFT_EXIT_CODES", ".")) / str(rank)).write_text(str(code))
+    sys.exit(code)
+
+
 def record(event):
     if rank == 0:
         Path("o").mkdir(exist_ok=True)
@@ -49,13 +54,13 @@ if received:
     time.sleep(plan["save_s"][rank])
     record("preempt")
     Path(f"rank{rank}.saved").touch()
-    sys.exit(75)
+    leave(75)
 if plan["event"]:
     record(plan["event"])
 code = plan["end"][str(rank)]
 if code < 0:
     os.kill(os.getpid(), -code)
-sys.exit(code)
+leave(code)
 """
 
 

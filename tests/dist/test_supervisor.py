@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sft.supervisor import events_since, exit_code, is_rank
+from sft.ranks import exit_code, is_rank, read_exit_codes
 from tests.dist import stand_in
 from tests.dist.stand_in import OPTIONS, have_begun, launcher_in, processes_in, wait_until
 
@@ -156,55 +156,47 @@ def test_control_what_a_bare_deepspeed_makes_of_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "events", "code"),
+    ("launcher", "codes", "code"),
     [
-        (0, ["start", "finish"], 0),
-        (0, ["resume", "stop"], 0),
-        (0, ["start", "save"], 1),
-        (0, [], 1),
-        (0, ["start", "preempt"], 75),
-        (1, ["start", "preempt"], 75),
-        (1, ["start", "guard_stop"], 4),
-        (1, ["start", "error"], 1),
-        (1, ["start", "rank_lost"], 1),
-        (2, [], 2),
-        (4, ["start"], 4),
-        (5, ["start"], 5),
-        (75, ["start"], 75),
-        (247, ["start", "rank_lost"], 5),
-        (247, ["start"], 137),
-        (241, [], 143),
-        (-9, [], 137),
-        (-15, ["start", "preempt"], 75),
-        (130, [], 130),
+        (0, {0: 0, 1: 0}, 0),
+        (0, {}, 1),  # launch.py was killed
+        (0, {0: 75, 1: 75}, 75),
+        (1, {0: 75, 1: 75}, 75),  # launch.py was sent the signal, too
+        (1, {0: 4, 1: 4}, 4),
+        (1, {0: 1}, 1),
+        (1, {0: 5, 1: 1}, 1),  # the cause is on rank 1
+        (1, {0: 0, 1: 2}, 2),
+        (2, {}, 2),
+        (75, {}, 75),
+        (247, {0: 5}, 5),
+        (247, {}, 137),
+        (247, {0: 0}, 137),
+        (241, {}, 143),
+        (-9, {}, 137),
+        (-15, {0: 75}, 75),
+        (130, {}, 130),
     ],
 )
-def test_exit_code(launcher, events, code):
-    assert exit_code(launcher, events, events) == code
+def test_exit_code(launcher, codes, code):
+    assert exit_code(launcher, codes) == code
 
 
-def test_a_run_that_was_finished_before_writes_no_event():
-    assert exit_code(0, [], ["start", "finish"]) == 0
-    assert exit_code(0, [], ["start", "preempt"]) == 1
-
-
-def test_events_since(tmp_path):
-    path = tmp_path / "events.jsonl"
-    assert events_since(path, 0) == []
-    path.write_text('{"event": "start"}\n')
-    began = path.stat().st_size
-    with path.open("a") as file:
-        file.write('{"event": "save"}\nnull\n{"time": 1}\n{"event": "preem')
-    assert events_since(path, 0) == ["start", "save"]
-    assert events_since(path, began) == ["save"]
+def test_exit_codes_of_ranks_that_have_written_them(tmp_path):
+    assert read_exit_codes(tmp_path) == {}
+    for name, text in (("0", "75"), ("12", "0"), ("3", ""), ("notes", "1")):
+        (tmp_path / name).write_text(text)
+    assert read_exit_codes(tmp_path) == {0: 75, 12: 0}
 
 
 def test_a_rank_is_known_by_its_command_line():
     rank = ["python", "-u", "-m", "sft.train", "--local_rank=1", *OPTIONS]
-    assert is_rank(rank, OPTIONS)
+    assert is_rank(rank, "sft.train", OPTIONS)
+    assert is_rank(["python", "-u", "-m", "sft.train", *OPTIONS], "sft.train", OPTIONS), "torchrun's"
+    assert not is_rank(rank, "sft.doctor", OPTIONS)
     launch = ["python", "-u", "-m", "deepspeed.launcher.launch", "--module", "sft.train", *OPTIONS]
-    assert not is_rank(launch, OPTIONS)
-    assert not is_rank([*rank, "--out", "other"], OPTIONS)
-    assert not is_rank(rank, [*OPTIONS, "--out", "other"])
-    assert not is_rank([], OPTIONS)
-    assert not is_rank(["vim", *OPTIONS], OPTIONS)
+    assert not is_rank(launch, "sft.train", OPTIONS)
+    assert not is_rank(["python", "bin/torchrun", "-m", "sft.train", *OPTIONS], "sft.train", OPTIONS)
+    assert not is_rank([*rank, "--out", "other"], "sft.train", OPTIONS)
+    assert not is_rank(rank, "sft.train", [*OPTIONS, "--out", "other"])
+    assert not is_rank([], "sft.train", OPTIONS)
+    assert not is_rank(["vim", *OPTIONS], "sft.train", OPTIONS)

@@ -15,8 +15,8 @@ from sft.eval.stats import score_interval
 from sft.eval.tasks.item import Item
 from sft.model import context_length
 from sft.probe_items import ProbeItems, cut_forwards, group_documents, open_probe, spread
+from sft.ranks import exit_code
 from sft.settings import load
-from sft.supervisor import exit_code
 from sft.tokenizer import load_tokenizer
 from tests import tiny
 
@@ -209,8 +209,8 @@ def test_a_budget_without_data_is_refused(tmp_path):
 
 
 def test_the_supervisor_knows_the_ending_where_the_launcher_hides_it():
-    assert exit_code(1, ["start", "gate_failed"], ["start", "gate_failed"]) == EXIT_GATE_FAILED
-    assert exit_code(1, ["start"], ["start"]) == 1
+    assert exit_code(1, {0: EXIT_GATE_FAILED, 1: EXIT_GATE_FAILED}) == EXIT_GATE_FAILED
+    assert exit_code(1, {}) == 1
 
 
 @pytest.mark.parametrize(
