@@ -20,5 +20,5 @@ config=$2
 shift 2
 
 # A hostfile with one host would take the single-node path, on which `deepspeed` reads no .deepspeed_env.
-exec python -m sft.launch deepspeed --hostfile "$hostfile" --force_multi --master_port "${MASTER_PORT:-29500}" \
-    --module "sft.${JOB:-train}" --config "$config" "$@"
+exec python -m sft.launch deepspeed --log_level error --hostfile "$hostfile" --force_multi \
+    --master_port "${MASTER_PORT:-29500}" --module "sft.${JOB:-train}" --config "$config" "$@"

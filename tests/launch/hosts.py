@@ -169,8 +169,9 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def cluster_environment(**more: str) -> dict[str, str]:
-    """Environment of a launching shell: CPU ranks, offline, this Python's commands first."""
+    """Environment of a launching shell: CPU ranks, this Python's commands first. The hosts reach nothing else."""
     base = {key: value for key, value in tiny.rank_environment().items() if not key.startswith("SLURM")}
+    base["PYTHONPATH"] = str(tiny.REPO)  # without tests/offline, which allows loopback alone
     return {**base, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:{SBIN}", **more}
 
 
