@@ -69,53 +69,86 @@ def supervise(job: Job, say: Callable[[str], None]) -> int:
         job: what to run.
         say: shows one line to the user.
     """
-    requests: list[tuple[int, float]] = []
-    launched = _start(job, requests)
-    ranks_of_ours = _finder(job, launched.pid)
-    told: set[psutil.Process] | None = None
-    had_begun = False
-    asked_remotely_s, first_left_s = float("-inf"), None
-
-    while launched.poll() is None or ranks_of_ours():
-        if lost := launched.returncode is not None and not requests:
-            _tell(say, "error: the launcher was killed and left its ranks")
-            requests.append((signal.SIGTERM, time.monotonic()))
-        codes = read_exit_codes(job.exit_codes)
-        if any(codes.values()) and first_left_s is None:
-            first_left_s = time.monotonic()
-        if first_left_s is not None and time.monotonic() > first_left_s + _patience_s(job, codes):
-            _tell(say, f"error: {_who_left(codes)}, but the launcher or other ranks did not end; killed")
-            _end(job, launched, ranks_of_ours())
+    course = _Course(job, say)
+    while course.launched.poll() is None or course.ranks():
+        course.note_what_happened()
+        if course.must_end():
             break
-        if requests:
-            ranks = ranks_of_ours()
-            ready = {rank for rank in ranks if listens(rank)}
-            had_begun = had_begun or bool(ready or codes)
-            if _insists(requests):
-                _tell(say, "stopped at once, without saving")
-                _end(job, launched, ranks)
-                return 128 + requests[-1][0]
-            if told is None and not had_begun and not job.hosts:
-                _tell(say, "stopped: the ranks had not begun, and there is nothing to save")
-                _end(job, launched, ranks)
-                return 1 if lost else _code_of(job, requests[0][0])
-            if told is None:
-                _tell(say, f"{_name(requests[0][0])}: {_answer(requests[0][0])}")
-            told = (told or set()) | send(requests[0][0], ready - (told or set()))
-            if job.hosts and not told and time.monotonic() > asked_remotely_s + REMOTE_S:
-                asked_remotely_s = time.monotonic()
-                _signal_remotely(job, requests[0][0])
+        if course.requests and (code := course.answer()) is not None:
+            return code
         time.sleep(LOOK_S)
-    _kill_group(launched)
-    if job.hosts and launched.returncode < 0 and not requests:
-        _tell(say, "error: the launcher was killed; the ranks of the other hosts are asked to save and leave")
-        _signal_remotely(job, signal.SIGTERM)
-    code = exit_code(launched.returncode, read_exit_codes(job.exit_codes))
-    if code == 1 and launched.returncode == 0:
+    course.ask_those_left_behind()
+    _kill_group(course.launched)
+    code = exit_code(course.launched.returncode, read_exit_codes(job.exit_codes))
+    if code == 1 and course.launched.returncode == 0:
         _tell(say, "error: the ranks ended before the last step; see their output above")
     if code > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
         time.sleep(OTHER_HOSTS_WAIT_S)
     return code
+
+
+class _Course:
+    """One start of a launcher, from its first process to its last."""
+
+    def __init__(self, job: Job, say: Callable[[str], None]) -> None:
+        self._job, self._say = job, say
+        self.requests: list[tuple[int, float]] = []
+        """Signals to this process: number, and time.monotonic()."""
+        self.launched = _start(job, self.requests)
+        self.ranks = _finder(job, self.launched.pid)
+        self._told: set[psutil.Process] | None = None
+        self._had_begun, self._lost = False, False
+        self._codes: dict[int, int] = {}
+        self._first_left_s: float | None = None
+        self._asked_remotely_s = float("-inf")
+
+    def note_what_happened(self) -> None:
+        """Ranks that have left, and a launcher that was killed: then its ranks are asked to save."""
+        self._codes = read_exit_codes(self._job.exit_codes)
+        if any(self._codes.values()) and self._first_left_s is None:
+            self._first_left_s = time.monotonic()
+        if self.launched.returncode is not None and not self.requests:
+            self._lost = True
+            _tell(self._say, "error: the launcher was killed and left its ranks")
+            self.requests.append((signal.SIGTERM, time.monotonic()))
+
+    def must_end(self) -> bool:
+        """Whether a rank has left and the rest did not follow in time; then all of it is killed."""
+        patience_s = _patience_s(self._job, self._codes)
+        if self._first_left_s is None or time.monotonic() <= self._first_left_s + patience_s:
+            return False
+        who = _who_left(self._codes)
+        _tell(self._say, f"error: {who}, but the launcher or other ranks did not end in {patience_s:.0f} s: killed")
+        _end(self._job, self.launched, self.ranks())
+        return True
+
+    def answer(self) -> int | None:
+        """To the signals received so far; an exit code where everything has been ended at once."""
+        job, first, ranks = self._job, self.requests[0][0], self.ranks()
+        ready = {rank for rank in ranks if listens(rank)}
+        self._had_begun = self._had_begun or bool(ready or self._codes)
+        if _insists(self.requests) or job.module != TRAINER:
+            _tell(self._say, "stopped at once, without saving" if job.module == TRAINER else "stopped")
+            _end(job, self.launched, ranks)
+            return 1 if self._lost else 128 + self.requests[-1][0]
+        if self._told is None and not self._had_begun and not job.hosts:
+            _tell(self._say, "stopped: the ranks had not begun, and there is nothing to save")
+            _end(job, self.launched, ranks)
+            return 1 if self._lost else EXIT_PREEMPTED
+        if self._told is None:
+            once_more = "; once more to stop at once without saving" if first in TWICE_ENDS else ""
+            _tell(self._say, f"{signal.Signals(first).name}: saving, then stopping{once_more}")
+        self._told = (self._told or set()) | send(first, ready - (self._told or set()))
+        if job.hosts and not self._told and time.monotonic() > self._asked_remotely_s + REMOTE_S:
+            self._asked_remotely_s = time.monotonic()
+            _signal_remotely(job, first)
+        return None
+
+    def ask_those_left_behind(self) -> None:
+        """Where the launcher of several hosts was killed, and none of its ranks runs here."""
+        if self._job.hosts and self.launched.poll() is not None and self.launched.returncode < 0 and not self.requests:
+            _tell(self._say, "error: the launcher was killed; the ranks of the other hosts are asked to save and leave")
+            _signal_remotely(self._job, signal.SIGTERM)
 
 
 def _start(job: Job, requests: list[tuple[int, float]]) -> "subprocess.Popen[bytes]":
@@ -159,22 +192,9 @@ def _who_left(codes: Mapping[int, int]) -> str:
     return f"rank {rank} has ended with exit code {codes[rank]}"
 
 
-def _code_of(job: Job, number: int) -> int:
-    return EXIT_PREEMPTED if job.module == TRAINER else 128 + number
-
-
 def _insists(requests: Sequence[tuple[int, float]]) -> bool:
     times_s = [at_s for number, at_s in requests if number in TWICE_ENDS]
     return len(times_s) > 1 and times_s[-1] - times_s[0] >= APART_S
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
-
-
-def _answer(number: int) -> str:
-    once_more = "; once more to stop at once without saving" if number in TWICE_ENDS else ""
-    return f"saving, then stopping{once_more}"
 
 
 def _tell(say: Callable[[str], None], line: str) -> None:
