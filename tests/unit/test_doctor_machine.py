@@ -1,0 +1,441 @@
+"""Hosts and GPUs. No GPU is needed: nvidia-smi is a script here. Run: pytest tests/unit/test_doctor_machine.py"""
+
+import copy
+import json
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sft.config import RunConfig
+from sft.doctor import gpus, machine, ops
+from sft.doctor.finding import Report
+from sft.engine import read_strategy
+from sft.retention import num_parameters
+
+GIB = 2**30
+HEALTHY = {"uncorrected": 0, "pending": 0, "failed": 0}
+NO_OPS = {
+    "needed": [], "installed": [], "built": [], "folder": "/cache/ext", "locks": [], "compiling": False,
+    "tools": {"c++": "/usr/bin/c++", "ninja": "/usr/bin/ninja", "nvcc": None},
+}  # fmt: skip
+
+
+def facts(rank, **more):
+    """One of four ranks on two hosts with two H100 each."""
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-{rank}", "total": 80 * GIB, "used_by_others": 0}
+    return {
+        "device": "cuda", "torch_cuda": "13.0", "wants_cpu": False, "gpus_listed": 2, "gpus_seen": 2, "local_size": 2,
+        "gpu": {**gpu, "health": HEALTHY},
+        "product": {"best": 750e12, "median": 700e12, "dtype": "bfloat16", "size": 8192, "meanwhile": []},
+        "limits": {"nofile": 65536, "memlock": None, "nproc": None, "core": 0},
+        "infiniband": ["mlx5_0"], "shm_bytes": 16 * GIB, "cores": 64, "threads": "8", "memory": 900 * GIB,
+        "state_bytes": 0, "optimizer_on_host": False, "ops": NO_OPS, **more,
+    }  # fmt: skip
+
+
+def cluster(change=None, ranks=(2, 3), **base):
+    reports = [Report(rank, f"n{rank // 2}", rank % 2, copy.deepcopy(facts(rank, **base))) for rank in range(4)]
+    for rank in ranks if change else ():
+        change(reports[rank].facts)
+    return reports
+
+
+def found(change=None, ranks=(2, 3), **base):
+    """All that is no pass; where nothing is changed, nothing must be found."""
+    return [finding for finding in machine.judge(cluster(change, ranks, **base)) if finding.status != "pass"]
+
+
+def only(change=None, ranks=(2, 3), **base):
+    (finding,) = found(change, ranks, **base)
+    assert finding.remedy
+    return finding
+
+
+ON_CPU = {"device": "cpu", "torch_cuda": None, "gpus_listed": 0, "gpus_seen": 0, "gpu": None,
+          "product": {"best": 6e10, "median": 5e10, "dtype": "float32", "size": 512, "meanwhile": None}}  # fmt: skip
+
+
+def test_a_healthy_cluster_passes_with_every_check():
+    checks = [finding.check for finding in machine.judge(cluster())]
+    assert checks == ["GPUs", "GPU health", "compute", "limits", "/dev/shm", "host memory", "threads", "DeepSpeed ops"]
+    assert found() == []
+    assert found(**ON_CPU) == []
+
+
+# GPUs: how many, which
+
+
+def test_fewer_gpus_than_ranks_fail():
+    finding = only(lambda facts: facts.update(gpus_seen=1))
+    assert (finding.check, finding.status, finding.where) == ("GPUs", "fail", "host n1")
+    assert finding.found == "1 GPUs for 2 ranks"
+    assert "slots in the hostfile" in finding.remedy
+
+
+def test_a_rank_without_a_gpu_does_not_hide_the_others():
+    """The second rank of n1 has no device at all."""
+    reports = cluster(lambda facts: facts.update(gpus_seen=1))
+    reports[3].facts.update(gpu=None, product=None)
+    told = {(finding.check, finding.status, finding.where) for finding in machine.judge(reports)}
+    assert ("GPUs", "fail", "host n1") in told
+    assert ("compute", "pass", "all ranks") in told
+
+
+def test_idle_gpus_warn_but_not_without_a_launcher():
+    finding = only(lambda facts: facts.update(gpus_seen=8))
+    assert (finding.status, finding.found) == ("warn", "8 GPUs for 2 ranks: 6 would idle")
+    assert found(lambda facts: facts.update(gpus_seen=8, local_size=None)) == []
+
+
+def test_another_kind_of_gpu_fails():
+    finding = only(lambda facts: facts["gpu"].update(name="NVIDIA H200"))
+    assert (finding.check, finding.status, finding.where) == ("GPUs", "fail", "host n1")
+    assert "NVIDIA H100 80GB HBM3 on host n0, NVIDIA H200 on host n1" in finding.found
+
+
+def test_two_ranks_on_one_gpu_fail():
+    finding = only(lambda facts: facts["gpu"].update(uuid="GPU-x"))
+    assert (finding.status, finding.where) == ("fail", "rank 2 on n1, rank 3 on n1")
+    assert "GPU-x" in finding.found
+    assert "LOCAL_RANK" in finding.remedy
+
+
+@pytest.mark.parametrize(("cuda", "part"), [(None, "without CUDA"), ("13.0", "for CUDA 13.0")])
+def test_gpus_that_torch_does_not_use_fail(cuda, part):
+    finding = only(lambda facts: facts.update(gpus_listed=2, torch_cuda=cuda), **ON_CPU)
+    assert (finding.status, finding.where) == ("fail", "host n1")
+    assert part in finding.found
+    assert found(lambda facts: facts.update(gpus_listed=2, wants_cpu=True), **ON_CPU) == []
+
+
+# GPUs: health
+
+
+@pytest.mark.parametrize(
+    ("health", "status", "part"),
+    [
+        ({"uncorrected": 3}, "fail", "3 uncorrectable"),
+        ({"failed": 1}, "fail", "no spare memory rows"),
+        ({"pending": 1}, "warn", "waits for a reset"),
+    ],
+)
+def test_memory_errors(health, status, part):
+    finding = only(lambda facts: facts["gpu"]["health"].update(health), ranks=(3,))
+    assert (finding.check, finding.status, finding.where) == ("GPU health", status, "rank 3 on n1")
+    assert part in finding.found
+    assert "GPU-3" in finding.found
+
+
+def test_unreadable_errors_are_none():
+    assert found(lambda facts: facts["gpu"]["health"].update(uncorrected=None)) == []
+    reports = cluster(lambda facts: facts["gpu"]["health"].update(uncorrected=None))
+    finding = next(finding for finding in machine.judge(reports) if finding.check == "GPU health")
+    assert "not readable on host n1" in finding.found
+
+
+def test_memory_that_others_hold_warns_above_five_percent():
+    assert found(lambda facts: facts["gpu"].update(used_by_others=4 * GIB)) == []
+    finding = only(lambda facts: facts["gpu"].update(used_by_others=5 * GIB), ranks=(1,))
+    assert (finding.status, finding.where) == ("warn", "rank 1 on n0")
+    assert "5.0 of 80 GiB" in finding.found
+    assert "GPU-1" in finding.remedy
+
+
+def test_clocks_held_down_warn():
+    finding = only(lambda facts: facts["product"].update(meanwhile=["hw_thermal_slowdown"]), ranks=(1,))
+    assert (finding.check, finding.status, finding.where) == ("GPU health", "warn", "rank 1 on n0")
+    assert "hw_thermal_slowdown" in finding.found
+
+
+# Compute
+
+
+@pytest.mark.parametrize(
+    ("share", "status"), [(0.65, None), (0.599, "warn"), (0.55, "warn"), (0.401, "warn"), (0.399, "fail")]
+)
+def test_against_the_data_sheet(share, status):
+    findings = found(lambda facts: facts["product"].update(median=share * 989e12), ranks=(0, 1, 2, 3))
+    assert {finding.status for finding in findings} == ({status} if status else set())
+    assert all("989 TFLOP/s of a NVIDIA H100" in finding.found for finding in findings)
+
+
+def test_a_slow_gpu_is_named_though_fast_enough_for_itself():
+    finding = only(lambda facts: facts["product"].update(median=594e12), ranks=(3,))
+    assert (finding.check, finding.status, finding.where) == ("compute", "warn", "rank 3 on n1")
+    assert "85% of the median" in finding.found
+    assert "slows down every step of all" in finding.found
+    assert found(lambda facts: facts["product"].update(median=596e12), ranks=(3,)) == []
+
+
+def test_an_unknown_gpu_is_compared_with_the_others_only():
+    def unknown(facts):
+        facts["gpu"].update(name="NVIDIA X1")
+        facts["product"].update(median=1e12)
+
+    assert found(unknown, ranks=(0, 1, 2, 3)) == []
+
+
+def test_ranks_on_cpus_may_vary_by_half():
+    assert found(lambda facts: facts["product"].update(median=2.6e10), ranks=(3,), **copy.deepcopy(ON_CPU)) == []
+    finding = only(lambda facts: facts["product"].update(median=2.4e10), ranks=(3,), **copy.deepcopy(ON_CPU))
+    assert (finding.check, finding.status) == ("compute", "warn")
+    assert "24 GFLOP/s" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peaks_by_name(name, peak):
+    assert gpus.peak(name) == peak
+
+
+# Limits, memory, threads
+
+
+def test_few_open_files_warn_and_more_ranks_need_more():
+    finding = only(lambda facts: facts["limits"].update(nofile=1024))
+    assert (finding.check, finding.status, finding.where) == ("limits", "warn", "host n1")
+    assert finding.found == "ulimit -n (nofile) is 1,024, wanted 4,096"
+    assert "ulimit -n 65536" in finding.remedy
+    assert found(lambda facts: facts["limits"].update(nofile=4096)) == []
+    many = [Report(rank, f"n{rank}", 0, facts(0, limits={**facts(0)["limits"], "nofile": 4096})) for rank in range(512)]
+    assert machine._judge_limits(many)[0].figures["wanted"] == 1024 + 16 * 512
+
+
+def test_few_processes_warn():
+    finding = only(lambda facts: facts["limits"].update(nproc=100))
+    assert finding.found == "ulimit -u (nproc) is 100, wanted 384"
+
+
+def test_locked_memory_matters_where_infiniband_is():
+    finding = only(lambda facts: facts["limits"].update(memlock=8 * 2**20))
+    assert "8,192 KiB, and there is mlx5_0" in finding.found
+    assert "ulimit -l unlimited" in finding.remedy
+    assert found(lambda facts: facts.update(infiniband=[], limits={**facts["limits"], "memlock": 1})) == []
+
+
+def test_dockers_shared_memory_warns_where_ranks_share_a_host():
+    finding = only(lambda facts: facts.update(shm_bytes=64 * 2**20))
+    assert (finding.check, finding.status, finding.where) == ("/dev/shm", "warn", "host n1")
+    assert "64 MiB for 2 ranks" in finding.found
+    assert "--shm-size" in finding.remedy
+    alone = [Report(0, "n0", 0, facts(0, shm_bytes=64 * 2**20))]
+    assert [finding.status for finding in machine._judge_shm(alone)] == ["pass"]
+
+
+def test_states_that_do_not_fit_into_host_memory_fail():
+    """400 GiB over four ranks: 200 for the two of each host."""
+    assert found(lambda facts: facts.update(state_bytes=400 * GIB, memory=201 * GIB)) == []
+    finding = only(lambda facts: facts.update(state_bytes=400 * GIB, memory=199 * GIB))
+    assert (finding.check, finding.status, finding.where) == ("host memory", "fail", "host n1")
+    assert "200.0 GiB needed" in finding.found
+
+
+def test_threads():
+    finding = only(lambda facts: facts.update(threads=None))
+    assert (finding.check, finding.status, finding.where) == ("threads", "warn", "host n1")
+    assert "2 ranks would each start 64 threads" in finding.found
+    assert "OMP_NUM_THREADS=32" in finding.remedy
+    assert found(lambda facts: facts.update(threads="1")) == []
+    finding = only(lambda facts: facts.update(threads="1", optimizer_on_host=True))
+    assert "OMP_NUM_THREADS is 1" in finding.found
+    assert machine._judge_threads([Report(0, "n0", 0, facts(0, threads=None))])[0].status == "pass"
+
+
+# Operators
+
+
+def with_ops(**more):
+    return lambda facts: facts.update(ops={**NO_OPS, "needed": ["cpu_adam"], **more})
+
+
+def test_an_operator_that_will_be_compiled_warns():
+    finding = only(with_ops())
+    assert (finding.check, finding.status, finding.where) == ("DeepSpeed ops", "warn", "host n1")
+    assert "cpu_adam will be compiled" in finding.found
+    assert "/cache/ext" in finding.found
+    assert found(with_ops(built=["cpu_adam"])) == []
+    assert found(with_ops(installed=["cpu_adam"], tools={"c++": None, "ninja": None, "nvcc": None})) == []
+
+
+@pytest.mark.parametrize(
+    ("op", "built", "lacks", "missing"),
+    [
+        ("cpu_adam", [], "c++", "c++"),
+        ("cpu_adam", [], "ninja", "ninja"),
+        ("cpu_adam", ["cpu_adam"], "ninja", "ninja"),
+        ("quantizer", [], "nvcc", "nvcc"),
+    ],
+)
+def test_missing_tools_fail(op, built, lacks, missing):
+    """torch asks for ninja even where the operator has been built."""
+    tools = {"c++": "/c++", "ninja": "/ninja", "nvcc": "/nvcc", lacks: None}
+    finding = only(with_ops(needed=[op], built=built, tools=tools))
+    assert finding.status == "fail"
+    assert f"{op} is compiled at the start: {missing} missing" == finding.found
+    assert found(with_ops(built=["cpu_adam"], tools={"c++": None, "ninja": "/ninja", "nvcc": None})) == []
+
+
+def test_a_lock_that_was_left_fails_with_the_path_to_remove():
+    lock = {"path": "/cache/ext/cpu_adam/lock", "op": "cpu_adam", "age_s": 7200}
+    finding = only(with_ops(built=["cpu_adam"], locks=[lock]))
+    assert (finding.status, finding.where) == ("fail", "host n1")
+    assert "120 minutes ago" in finding.found
+    assert "rm /cache/ext/cpu_adam/lock" in finding.remedy
+    assert only(with_ops(needed=[], locks=[lock])).status == "warn"
+    assert found(with_ops(built=["cpu_adam"], locks=[lock], compiling=True)) == []
+    assert found(with_ops(built=["cpu_adam"], locks=[{**lock, "age_s": 60}])) == []
+
+
+def test_locks_and_operators_in_torchs_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for op, file in (("cpu_adam", "lock"), ("quantizer", "quantizer.so"), ("other", "other.o")):
+        (tmp_path / op).mkdir()
+        (tmp_path / op / file).write_text("")
+    os.utime(tmp_path / "cpu_adam" / "lock", (time.time() - 3600,) * 2)
+    collected = json.loads(json.dumps(ops.collect(["cpu_adam", "quantizer"])))
+    (lock,) = collected["locks"]
+    assert (lock["path"], lock["op"]) == (str(tmp_path / "cpu_adam" / "lock"), "cpu_adam")
+    assert 3590 < lock["age_s"] < 3700
+    assert collected["built"] == ["quantizer"]
+    assert collected["folder"] == str(tmp_path)
+
+
+def test_the_folder_is_the_one_that_torch_builds_in(tmp_path, monkeypatch):
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for given in (None, str(tmp_path / "mine")):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        if given:
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", given)
+        assert str(ops.extensions_folder() / "cpu_adam") == _get_build_directory("cpu_adam", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "wanted"),
+    [
+        ("zero3", True, []),
+        ("zero3_offload_optimizer", True, ["cpu_adam"]),
+        ("zero3_offload_all", True, ["cpu_adam"]),
+        ("zero3_offload_optimizer", False, []),
+    ],
+)
+def test_operators_of_the_shipped_strategies(name, on_gpu, wanted):
+    assert ops.needed(read_strategy(name), on_gpu) == wanted
+
+
+def test_quantized_collectives_need_an_operator():
+    assert ops.needed({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, True) == ["quantizer"]
+
+
+def test_operators_that_deepspeeds_installation_has_built():
+    text = "version='0.19.8'\ninstalled_ops={'async_io': False, 'cpu_adam': True}\naccelerator_name='cuda'\n"
+    assert ops.installed_ops(text) == {"cpu_adam"}
+    assert ops.installed_ops(text.replace("'cuda'", "'cpu'")) == set()
+    assert ops.installed_ops("version='0.19.8'\n") == set()
+
+
+# Collecting
+
+
+def test_facts_of_this_host_are_json_and_judged(base_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "WARM_UP_S", 0.01)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = RunConfig.model_validate({"model": {"path": str(base_model)}, "data": {"train": "x"}, "out": "y"})
+    collected = json.loads(json.dumps(machine.collect(config, torch.device("cpu"))))
+    assert collected["product"]["best"] >= collected["product"]["median"] > 1e8
+    assert collected["state_bytes"] == num_parameters(base_model) * (16 + 2)
+    assert collected["limits"].keys() == {"nofile", "memlock", "nproc", "core"}
+    checks = {finding.check: finding.status for finding in machine.judge([Report(0, "n0", 0, collected)])}
+    assert checks["compute"] == "pass"
+    assert checks["host memory"] == "pass"
+    without = machine.collect(None, torch.device("cpu"))
+    assert without["state_bytes"] is None
+    assert without["ops"]["needed"] == []
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$1" in
+  --query-gpu=uuid) printf 'GPU-aa\\nGPU-bb\\n' ;;
+  --query-gpu=driver_version) printf '570.86.15\\n570.86.15\\n' ;;
+  --query-gpu=uuid,ecc.errors.uncorrected.volatile.total) printf 'GPU-aa, 0\\nGPU-bb, 2\\n' ;;
+  --query-gpu=uuid,retired_pages.pending) printf 'GPU-aa, [N/A]\\nGPU-bb, [N/A]\\n' ;;
+  --query-remapped-rows=gpu_uuid,*) printf 'GPU-aa, 0, 0\\nGPU-bb, Yes, No\\n' ;;
+  --query-gpu=uuid,clocks_event_reasons.*) echo "Field is not a valid field to query."; exit 2 ;;
+  --query-gpu=uuid,clocks_throttle_reasons.*)
+    printf 'GPU-aa, Not Active, Not Active, Not Active, Not Active\\n'
+    printf 'GPU-bb, Active, Not Active, Not Active, Active\\n' ;;
+  *) echo "unexpected $1" >&2; exit 9 ;;
+esac
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    script = tmp_path / "nvidia-smi"
+    script.write_text(NVIDIA_SMI)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.fixture
+def torch_sees(monkeypatch):
+    """A GPU with 2 GiB in use, 0.5 GiB of it by this process."""
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", uuid="bb")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB // 2)
+
+
+@pytest.mark.usefixtures("nvidia_smi", "torch_sees")
+def test_a_gpu_by_its_own_uuid():
+    seen = gpus.look(torch.device("cuda", 0))
+    assert seen["uuid"] == "GPU-bb"
+    assert seen["health"] == {"uncorrected": 2, "pending": 1, "failed": 0}
+    assert seen["used_by_others"] == 2 * GIB - GIB // 2 - gpus.CONTEXT_BYTES
+    assert gpus.slow_downs("GPU-bb") == ["hw_slowdown", "sw_thermal_slowdown"]
+    assert gpus.slow_downs("GPU-aa") == []
+    assert gpus.slow_downs("MIG-cc") is None
+    assert gpus.query("driver_version")[0] == {"driver_version": "570.86.15"}
+    assert len(gpus.query("uuid")) == 2
+
+
+@pytest.mark.usefixtures("torch_sees")
+def test_without_nvidia_smi_nothing_is_readable(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.look(torch.device("cuda", 0))["health"] == {"uncorrected": None, "pending": None, "failed": None}
+    assert gpus.slow_downs("GPU-bb") is None
+    assert gpus.query("uuid") == []
+
+
+def test_lines_of_nvidia_smi():
+    text = "NVIDIA H100, 0, [N/A]\nNVIDIA H100, [Not Supported], N/A\n\nWarning: something\n"
+    assert gpus.parse(text, ("name", "ecc", "rows")) == [
+        {"name": "NVIDIA H100", "ecc": "0", "rows": None},
+        {"name": "NVIDIA H100", "ecc": None, "rows": None},
+    ]
+    assert gpus.parse("No devices were found\n", ("uuid", "name")) == []
+
+
+def test_the_product_is_counted_as_it_is_done(monkeypatch):
+    """Every product takes 1 ms by a clock of our own: 2 x 64^3 operations in it."""
+    ticks = iter(range(10**9))
+    monkeypatch.setattr(gpus, "CPU_SIZE", 64)
+    monkeypatch.setattr(gpus, "WARM_UP_S", 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) / 1000)
+    rate = gpus.multiply(torch.device("cpu"))
+    assert rate["median"] == pytest.approx(2 * 64**3 / 1e-3)
+    assert (rate["dtype"], rate["size"], rate["meanwhile"]) == ("float32", 64, None)
