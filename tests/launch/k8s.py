@@ -1,6 +1,5 @@
 """The manifests of launch/k8s as tests read them, and a pod of one of them on a host out of name spaces."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,3 @@ def host_names(path: Path, nodes: int = 2) -> list[str]:
     if path == JOB:
         return [f"{name}-{index}" for index in range(nodes)]
     return [f"{name}-master-0", *(f"{name}-worker-{index}" for index in range(nodes - 1))]
-
-
-def with_variables(base: Mapping[str, str], path: Path, index: int, **more: str) -> dict[str, str]:
-    """The environment of a pod's container over that of an image."""
-    return {**base, **environment(path, index, **more)}

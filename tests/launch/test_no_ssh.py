@@ -19,12 +19,13 @@ from sft.ports import free_port
 from tests.dist.training import largest_relative
 from tests.launch import jobs, k8s
 from tests.launch.hosts import Host
-from tests.launch.jobs import ENDLESS, START_LIMIT_S, Job, Launch, pair  # noqa: F401 (a fixture)
+from tests.launch.jobs import START_LIMIT_S, Job, Launch, pair  # noqa: F401 (a fixture)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 VOLUME = Path("/mnt/sft")
 LOST_AFTER_S = 8.0
 FIRST_STEPS = 4
+ENDLESS = {"max_steps": jobs.ENDLESS}
 END_S = 40.0
 """From the moment that a rank is taken for lost to the end of the pods that are left, on a busy machine."""
 AGREE_WITHIN = 1e-6
@@ -92,6 +93,14 @@ def first_process(pod: Launch) -> psutil.Process:
     return first
 
 
+def wait_for_step(job: Job, launch: Launch, step: int) -> None:
+    def taken() -> bool:
+        assert launch.entered.poll() is None, f"ended with {launch.entered.returncode}:\n{launch.said()}"
+        return any(line["step"] >= step for line in job.metrics()[-1:])
+
+    jobs.wait_until(taken, f"step {step}", START_LIMIT_S, launch.said)
+
+
 def losses(job: Job, steps: int = FIRST_STEPS) -> list[float]:
     lines = job.metrics()
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -101,9 +110,9 @@ def losses(job: Job, steps: int = FIRST_STEPS) -> list[float]:
 @pytest.fixture(scope="module")
 def job_in_pods(cluster: tuple[Host, Host], parts: tuple[Path, Path, Path], tmp_path_factory) -> Job:
     """The Indexed Job, stopped in the middle by SIGTERM to one pod, and started again."""
-    job = make_job(tmp_path_factory.mktemp("job") / "run", parts, **ENDLESS)
+    job = make_job(tmp_path_factory.mktemp("job") / "run", parts, train=ENDLESS)
     pods = start_pods(k8s.JOB, cluster, job)
-    job.wait_for_step(pods[0], FIRST_STEPS)
+    wait_for_step(job, pods[0], FIRST_STEPS)
     first_process(pods[1]).send_signal(signal.SIGTERM)
     ended = [pod.wait(60) for pod in pods]
     assert [one.code for one in ended] == [EXIT_PREEMPTED] * 2, [one.said for one in ended]
@@ -127,7 +136,7 @@ def test_a_pod_that_is_stopped_takes_the_other_along_and_both_go_on(job_in_pods:
 
 
 def test_deepspeed_without_ssh_gives_the_same(job_in_pods: Job, cluster, parts, tmp_path: Path):
-    job = make_job(tmp_path / "run", parts, train={**ENDLESS["train"], "stop_after": FIRST_STEPS})
+    job = make_job(tmp_path / "run", parts, train={**ENDLESS, "stop_after": FIRST_STEPS})
     port = free_port()
     started = [
         start(host, job.folder, [
@@ -143,11 +152,11 @@ def test_deepspeed_without_ssh_gives_the_same(job_in_pods: Job, cluster, parts, 
 
 
 def test_torchrun_on_one_host_gives_the_same(job_in_pods: Job, cluster, parts, tmp_path: Path):
-    job = make_job(tmp_path / "run", parts, **ENDLESS)
+    job = make_job(tmp_path / "run", parts, train=ENDLESS)
     command = [sys.executable, "-m", "sft.launch", "torchrun", "--nnodes", "1", "--nproc_per_node", "2",
                "--master_port", free_port(), "-m", "sft.train", "--config", "run.yaml"]  # fmt: skip
     launch = start(cluster[0], job.folder, command)
-    job.wait_for_step(launch, FIRST_STEPS)
+    wait_for_step(job, launch, FIRST_STEPS)
     launch.process().send_signal(signal.SIGTERM)
     ended = launch.wait(60)
     assert ended.code == EXIT_PREEMPTED, ended.said
@@ -156,7 +165,7 @@ def test_torchrun_on_one_host_gives_the_same(job_in_pods: Job, cluster, parts, t
 
 
 def test_plain_torchrun_on_two_hosts_gives_the_same(job_in_pods: Job, cluster, parts, tmp_path: Path):
-    job = make_job(tmp_path / "run", parts, train={**ENDLESS["train"], "stop_after": FIRST_STEPS})
+    job = make_job(tmp_path / "run", parts, train={**ENDLESS, "stop_after": FIRST_STEPS})
     port = free_port()
     started = [
         start(host, job.folder, [
@@ -171,16 +180,16 @@ def test_plain_torchrun_on_two_hosts_gives_the_same(job_in_pods: Job, cluster, p
 
 
 def test_a_pytorchjob_that_is_stopped_and_one_whose_worker_is_killed(cluster, parts, tmp_path: Path):
-    job = make_job(tmp_path / "run", parts, **ENDLESS)
+    job = make_job(tmp_path / "run", parts, train=ENDLESS)
     master, worker = start_pods(k8s.PYTORCHJOB, cluster, job)
-    job.wait_for_step(master, 2)
+    wait_for_step(job, master, 2)
     first_process(master).send_signal(signal.SIGTERM)
     ended = [pod.wait(60) for pod in (master, worker)]
     assert [one.code for one in ended] == [EXIT_PREEMPTED + AGAIN] * 2, [one.said for one in ended]
     stopped_at = job.metrics()[-1]["step"]
 
     master, worker = start_pods(k8s.PYTORCHJOB, cluster, job)
-    job.wait_for_step(master, stopped_at + 2)
+    wait_for_step(job, master, stopped_at + 2)
     first_process(worker).kill()
     ended_master = master.wait(LOST_AFTER_S + END_S)
     assert ended_master.code == EXIT_RANK_LOST + AGAIN, ended_master.said
