@@ -29,9 +29,9 @@ def weight_files(model: Path) -> list[Path]:
         return [single]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [model / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.path {index}: is no index of safetensors files: {error!r}; copy it again") from None
-    return [model / name for name in sorted(names)]
 
 
 def _num_elements(path: Path) -> int:
