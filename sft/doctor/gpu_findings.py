@@ -122,7 +122,7 @@ def _judge_health(reports: list[Report]) -> list[Finding]:
 
 
 def _judge_one(report: Report) -> list[Finding]:
-    gpu, slow = report.facts["gpu"], report.facts["product"]["meanwhile"]
+    gpu, slow = report.facts["gpu"], (report.facts["product"] or {}).get("meanwhile")
     health = gpu["health"]
     findings = []
 
@@ -135,6 +135,12 @@ def _judge_one(report: Report) -> list[Finding]:
             "warn",
             f"{used:,.1f} of {total:,.0f} GiB of its GPU are in use by other processes",
             f"end what nvidia-smi lists on {gpu['uuid']}: a job of before may have left it",
+        )
+    if report.facts["product"] is None:
+        add(
+            "fail",
+            f"its GPU {gpu['uuid']} has no memory left for a matrix product",
+            "end the processes that nvidia-smi lists on it",
         )
     if health["failed"]:
         add(

@@ -45,7 +45,7 @@ def collect(config: RunConfig | None, device: torch.device) -> dict[str, Any]:
         "gpus_seen": torch.cuda.device_count(),
         "local_size": int(local_size) if local_size else None,
         "gpu": gpu,
-        "product": gpus.multiply(device, lambda: gpus.slow_downs(uuid)) if exists else None,
+        "product": _product(device, uuid) if exists else None,
         "limits": {name: _limit(which) for name, which in LIMITS.items()},
         "infiniband": _names(Path("/sys/class/infiniband")),
         "shm_bytes": shutil.disk_usage(SHM).total if Path(SHM).is_dir() else 0,
@@ -68,6 +68,14 @@ def judge(reports: list[Report]) -> list[Finding]:
         *_judge_threads(reports),
         *ops.judge(reports),
     ]
+
+
+def _product(device: torch.device, uuid: str) -> dict[str, Any] | None:
+    """Of sft.doctor.gpus.multiply; None where the GPU has no memory left for it."""
+    try:
+        return gpus.multiply(device, lambda: gpus.slow_downs(uuid))
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _strategy(config: RunConfig | None) -> dict[str, Any] | None:

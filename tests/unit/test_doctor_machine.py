@@ -144,6 +144,20 @@ def test_memory_that_others_hold_warns_above_five_percent():
     assert "GPU-1" in finding.remedy
 
 
+def test_a_gpu_without_any_memory_fails(monkeypatch):
+    findings = found(lambda facts: facts.update(product=None), ranks=(3,))
+    assert [(finding.check, finding.status, finding.where) for finding in findings] == [
+        ("GPU health", "fail", "rank 3 on n1")
+    ]
+    assert "GPU-3 has no memory left" in findings[0].found
+
+    def full(device, meanwhile):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpus, "multiply", full)
+    assert machine._product(torch.device("cuda", 0), "GPU-3") is None
+
+
 def test_clocks_held_down_warn():
     finding = only(lambda facts: facts["product"].update(meanwhile=["hw_thermal_slowdown"]), ranks=(1,))
     assert (finding.check, finding.status, finding.where) == ("GPU health", "warn", "rank 1 on n0")
