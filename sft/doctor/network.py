@@ -38,7 +38,10 @@ MOST_GATHERED = GIB
 """Bytes of a gathered whole at most: with very many ranks each gives less than doctor.network_mib, as in training."""
 LONGEST_S = 0.25
 """Messages grow until one would take longer."""
-REPEATS = 5
+FEWEST, MOST, REPEATS_S = 3, 20, 1.0
+"""Repeats: so many as take about REPEATS_S."""
+ATTEMPTS = 3
+"""A link is called slow when it was that often in a row: once may have been another job."""
 EFFICIENCY = 0.6
 """Training reaches about this share of a large matrix product's rate: attention, norms, optimizer and launches."""
 
@@ -78,7 +81,7 @@ def measure(group: Group, config: RunConfig | None, device: torch.device, option
         return [Finding("bandwidth", "skip", "all ranks", "there is one rank: nothing travels")]
     hosts = [place.host for place in group.meeting.places]
     on_gpu = device.type == "cuda"
-    with _bounded(group, "measuring the network"):
+    with bounded(group, "measuring the network"):
         net = _make_groups(group, device, options.limit_s)
         most = options.network_mib * 2**20
         found = []
@@ -125,9 +128,9 @@ def _bandwidth(net: _Net, what: str, groups: list[list[int]], own: Any, most: in
     mib, gib_s, wrong = {}, {}, {}
     for name, collective in (("all-gather", _all_gather), ("reduce-scatter", _reduce_scatter)):
         prepare = partial(collective, net, own, members) if members else _nothing
-        size = _grow(net, prepare, most)
+        size, repeats = _grow(net, prepare, most)
         operation, is_right = prepare(size)
-        times_s = [_timed(net, operation) for _ in range(REPEATS)]
+        times_s = [_timed(net, operation) for _ in range(repeats)]
         told = net.group.gather(f"network {what} {name}", [times_s, is_right()])
         mib[name] = size / 2**20
         gib_s[name] = [
@@ -172,25 +175,27 @@ def _pattern(count: int, rank: int, device: torch.device) -> torch.Tensor:
 
 
 def _links(net: _Net, most: int, hosts: list[str]) -> list[Finding]:
-    """Point to point on a ring of hosts. What looks slow is measured once more: it may have been another job."""
-    links, wrong = _measure_links(net, most, "once")
-    if slow_links(links):
-        again, wrong_again = _measure_links(net, most, "again")
+    """Point to point on a ring of hosts; the best of several attempts where one looks slow."""
+    links, wrong = _measure_links(net, most, 1)
+    for attempt in range(2, ATTEMPTS + 1):
+        if not slow_links(links):
+            break
+        again, wrong_again = _measure_links(net, most, attempt)
         links = {link: max(rate, again[link]) for link, rate in links.items()}
         wrong |= wrong_again
     return judge_links(links, sorted(wrong), hosts)
 
 
-def _measure_links(net: _Net, most: int, attempt: str) -> tuple[dict[Link, float], set[Link]]:
+def _measure_links(net: _Net, most: int, attempt: int) -> tuple[dict[Link, float], set[Link]]:
     """GiB/s of each link, the best of a few times; links whose receiver got something else."""
     index = net.by_host[net.host].index(net.group.rank)
     own: list[tuple[int, int, float, bool]] = []
     for links in rounds(len(net.by_host)):
         partner = _partner(net, links, index)
         prepare = _nothing if partner is None else partial(_message, net, *partner)
-        size = _grow(net, prepare, most)
+        size, repeats = _grow(net, prepare, most)
         operation, is_right = prepare(size)
-        time_s = min(_timed(net, operation) for _ in range(REPEATS))
+        time_s = min(_timed(net, operation) for _ in range(repeats))
         if partner is not None:
             own.append((*partner, size / time_s / GIB, is_right()))
     rates: dict[Link, float] = {}
@@ -236,23 +241,23 @@ def _message(net: _Net, other: int, sends: bool, size: int) -> Prepared:
 def _latency(net: _Net) -> Finding:
     """Of the smallest all-reduce."""
     one = torch.zeros(1, device=net.device)
-    times_s = [_timed(net, lambda: dist.all_reduce(one, group=net.everyone)) for _ in range(4 * REPEATS)]
+    times_s = [_timed(net, lambda: dist.all_reduce(one, group=net.everyone)) for _ in range(MOST)]
     latency_us = median(times_s) * 1e6
     text = f"all-reduce of 4 bytes over {net.group.world_size} ranks: {latency_us:.0f} us"
     return Finding("latency", "pass", "all ranks", text, figures={"all_reduce_us": latency_us})
 
 
-def _grow(net: _Net, prepare: Callable[[int], Prepared], most: int) -> int:
-    """The largest size up to `most` that takes about LONGEST_S at most on every rank; the first message connects."""
+def _grow(net: _Net, prepare: Callable[[int], Prepared], most: int) -> tuple[int, int]:
+    """The largest size up to `most` that takes about LONGEST_S at most on every rank, and how often to repeat it."""
     size = min(SMALLEST, most)
-    _timed(net, prepare(size)[0])
+    _timed(net, prepare(size)[0])  # the first message connects
     while True:
         slowest = torch.tensor(_timed(net, prepare(size)[0]), dtype=torch.float64, device=net.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=net.everyone)
         _finish(net)
         larger = min(size * 4, most)
         if size == most or slowest.item() * larger / size > LONGEST_S:
-            return size
+            return size, max(FEWEST, min(MOST, int(REPEATS_S / slowest.item())))
         size = larger
 
 
@@ -283,8 +288,8 @@ def _finish(net: _Net) -> None:
 
 
 @contextmanager
-def _bounded(group: Group, doing: str) -> Iterator[None]:
-    """torch's errors of lost connections and exceeded limits, with a name."""
+def bounded(group: Group, doing: str) -> Iterator[None]:
+    """torch's errors of lost connections and exceeded limits become RankLost, which names ranks and hosts."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -131,9 +131,8 @@ def judge_links(links: Mapping[Link, float], wrong: Iterable[Link], hosts: Seque
         else:
             ends = sorted({link[0 if action == "sends" else 1] for link in guilty})
             where, verb = _who(ends, hosts), f"{action} slowly"
-        text = f"{where} {verb}" if action != "direction" else f"{where}: {verb}"
         figures = {"gib_s": {_arrow(*link, hosts): links[link] for link in pairs}, "others_gib_s": fast}
-        found.append(Finding(check, "fail", where, f"{text}: {told}; others {show(fast)}", SLOW_REMEDY, figures))
+        found.append(Finding(check, "fail", where, f"{verb}: {told}; others {show(fast)}", SLOW_REMEDY, figures))
     if found:
         return found
     slowest = min(links, key=lambda link: links[link])

@@ -84,7 +84,7 @@ def judge_traffic(work: Workload, all_gather_gib_s: float, reduce_scatter_gib_s:
     slowdown = 1 + communication_s / compute_s
     stage = work.strategy["zero_optimization"]["stage"]
     text = (
-        f"ZeRO-{stage} of {work.num_parameters / 1e9:.3g}e9 parameters sends {(gathered + reduced) / GIB:.3g} GiB per "
+        f"ZeRO-{stage} of {_count(work.num_parameters)} parameters sends {_bytes(gathered + reduced)} per "
         f"micro-step and rank: {communication_s:.3g} s beside {compute_s:.3g} s of computation on {work.tokens} tokens "
         f"at {flop_s / 1e12:.3g} TFLOP/s; a step takes {slowdown:.2f} x as long where nothing overlaps"
     )
@@ -117,3 +117,13 @@ def _remedy(work: Workload, tokens: int) -> str:
     }
     halve = "; communication_data_type bf16 halves the gradients' part" if work.gradient_bytes == 4 else ""
     return more + fewer[stage] + halve
+
+
+def _count(number: int) -> str:
+    """13B, 350M, 35.2K."""
+    unit, letter = next((step for step in ((1e9, "B"), (1e6, "M")) if number >= step[0]), (1e3, "K"))
+    return f"{number / unit:.3g}{letter}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
