@@ -18,10 +18,10 @@ from tests import tiny
 from tests.launch.hosts import NAMES, Host, cluster_environment, two_hosts, why_not
 
 SCRIPT = tiny.REPO / "launch" / "multi_node.sh"
-START_LIMIT_S = 90.0
+START_LIMIT_S = 180.0
 """From the command to the first steps; most of it is imports, on a busy machine."""
-ENDLESS = {"train": {"max_steps": 100_000}}
-"""For what is to happen in the middle of training."""
+ENDLESS = 100_000
+"""Steps of a run in the middle of which something is to happen."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,28 @@ class Job:
         """Events of one kind."""
         return [event for event in read_whole_lines(self.out / "events.jsonl") if event["event"] == kind]
 
-    def wait_for_step(self, launch: Launch, step: int, limit_s: float = START_LIMIT_S) -> None:
-        """Until a step has been taken; a launcher that ends before is the test's failure."""
+    def starts(self) -> list[dict[str, Any]]:
+        """Events of the launches that got as far as training."""
+        return [event for event in read_whole_lines(self.out / "events.jsonl") if event["event"] in ("start", "resume")]
+
+    def wait_for_steps(self, launch: Launch, steps: int, start: int = 1) -> None:
+        """Until the run's `start`-th launch has taken so many steps; a launcher that ends before is a failure."""
 
         def taken() -> bool:
             assert launch.entered.poll() is None, f"ended with {launch.entered.returncode}:\n{launch.said()}"
-            return any(line["step"] >= step for line in self.metrics()[-1:])
+            starts = self.starts()
+            return len(starts) >= start and any(
+                line["step"] >= starts[-1]["step"] + steps for line in self.metrics()[-1:]
+            )
 
-        wait_until(taken, f"step {step}", limit_s, launch.said)
+        wait_until(taken, f"{steps} steps", START_LIMIT_S, launch.said)
 
 
 def launching_shell(home: Path, **more: str) -> dict[str, str]:
-    """Environment of a launching shell whose ~/.deepspeed_env is the test's.
-
-    Without tests/offline, which would forbid the other host; the name spaces have no way to any third.
-    """
-    environment = cluster_environment(PYTHONPATH=tiny.python_path(tiny.REPO), HOME=str(home), **more)
-    return {name: value for name, value in environment.items() if name not in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR")}
+    """Environment of a launching shell whose ~/.deepspeed_env is the test's."""
+    environment = cluster_environment(HOME=str(home))
+    kept = {name: value for name, value in environment.items() if name not in ("GLOO_SOCKET_IFNAME", "MASTER_ADDR")}
+    return {**kept, **more}
 
 
 def make_job(folder: Path, model: Path, prepared: Path, strategy: Path, **sections: Mapping[str, Any]) -> Job:
@@ -150,9 +155,9 @@ def make_job(folder: Path, model: Path, prepared: Path, strategy: Path, **sectio
     return Job(folder)
 
 
-def rank_on(host: Host) -> psutil.Process:
-    """The rank's process on a host that has one."""
-    found = [process for process in host.processes() if is_rank(process)]
+def rank_on(host: Host, folder: Path) -> psutil.Process:
+    """The rank's process, on a host that has one, of the job in `folder`."""
+    found = [process for process in _running(host, folder) if is_rank(process)]
     (outermost,) = [process for process in found if process.ppid() not in [other.pid for other in found]]
     return outermost
 
@@ -175,18 +180,32 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float, tell: C
     return time.monotonic() - began_s
 
 
-def left_on(*hosts: Host) -> list[str]:
-    """Command lines of what still runs on the hosts, after a moment in which what is ending may end."""
+def left_on(*hosts: Host, folder: Path | None = None) -> list[str]:
+    """What still runs on the hosts (in `folder` alone), after a moment in which what is ending may end."""
     deadline_s = time.monotonic() + 3
-    while time.monotonic() < deadline_s and any(host.processes() for host in hosts):
+    while any(_running(host, folder) for host in hosts) and time.monotonic() < deadline_s:
         time.sleep(0.1)
-    return [f"{host.name}: {told}" for host in hosts for process in host.processes() if (told := _told(process))]
-
-
-def clear(*hosts: Host) -> None:
-    """Kill what runs on the hosts."""
+    found = []
     for host in hosts:
-        for process in host.processes():
+        for process in _running(host, folder):
+            with contextlib.suppress(psutil.Error):
+                found.append(f"{host.name}: {' '.join(process.cmdline())[:300]}")
+    return found
+
+
+def _running(host: Host, folder: Path | None) -> list[psutil.Process]:
+    found = []
+    for process in host.processes():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and folder in (None, Path(process.cwd())):
+                found.append(process)
+    return found
+
+
+def clear(*hosts: Host, folder: Path | None = None) -> None:
+    """Kill what runs on the hosts (in `folder` alone)."""
+    for host in hosts:
+        for process in _running(host, folder):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -206,10 +225,3 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]
         pytest.skip(reason)
     with two_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
         yield hosts
-
-
-def _told(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        if process.status() != psutil.STATUS_ZOMBIE:
-            return " ".join(process.cmdline())[:300]
-    return ""

@@ -104,8 +104,8 @@ def trained(tmp_path_factory, pair, base_model, prepared, strategy):  # noqa: F8
     project = [MARKER, AWKWARD]
     with Watcher() as watcher:
         first = job.start(hosta, *project, "--train.stop_after", "2", environment=shell)
-        job.wait_for_step(first, 1)
-        command_lines = [jobs.rank_on(host).cmdline() for host in pair]
+        job.wait_for_steps(first, 1)
+        command_lines = [jobs.rank_on(host, job.folder).cmdline() for host in pair]
         ended = [first.wait(60)]
         shown = [json.loads((job.folder / f"seen-by-{host.name}.json").read_text()) for host in pair]
         left = jobs.left_on(*pair)
@@ -194,32 +194,35 @@ def test_no_file_and_no_output_kept_a_secret(trained):
     assert not any(SECRET in ended.said for ended in trained.ended)
 
 
-def test_an_interface_that_leads_nowhere_is_told(tmp_path, pair, base_model, prepared, strategy):  # noqa: F811
+@pytest.fixture
+def cleared(pair):  # noqa: F811
+    """The hosts, on which nothing is left for the next test."""
+    yield pair
+    jobs.clear(*pair)
+
+
+def test_an_interface_that_leads_nowhere_is_told(tmp_path, cleared, base_model, prepared, strategy):
     """What gloo does by itself on such hosts, and all that the search for the interface prevents."""
     job = jobs.make_job(tmp_path / "loopback", base_model, prepared, strategy)
     shell = jobs.launching_shell(tmp_path, GLOO_SOCKET_IFNAME="lo")
-    ended = job.start(pair[0], environment=shell).wait(jobs.START_LIMIT_S)
-    left = jobs.left_on(*pair)
-    jobs.clear(*pair)
+    ended = job.start(cleared[0], environment=shell).wait(jobs.START_LIMIT_S)
     assert ended.code == EXIT_BAD_INPUT, ended.said
     assert re.search(r"rank \d on host[ab]: no TCP connection with the others .*GLOO_SOCKET_IFNAME", ended.said)
     assert "Traceback" not in ended.said
-    assert left == []
+    assert jobs.left_on(*cleared) == []
 
 
-def test_from_a_login_node(tmp_path, pair, base_model, prepared, strategy):  # noqa: F811
+def test_from_a_login_node(tmp_path, cleared, base_model, prepared, strategy):
     """No rank runs where the command does: SIGTERM to it still saves, and its exit code is the ranks'."""
-    job = jobs.make_job(tmp_path / "login", base_model, prepared, strategy, train={"max_steps": 100_000})
-    launch = job.start(pair[0], hostfile="hostb-only")
-    job.wait_for_step(launch, 2)
-    assert not any(jobs.is_rank(process) for process in pair[0].processes()), "the premise"
+    job = jobs.make_job(tmp_path / "login", base_model, prepared, strategy, train={"max_steps": jobs.ENDLESS})
+    launch = job.start(cleared[0], hostfile="hostb-only")
+    job.wait_for_steps(launch, 2)
+    assert not any(jobs.is_rank(process) for process in cleared[0].processes()), "the premise"
     launch.process().send_signal(signal.SIGTERM)
-    ended = launch.wait(30)
-    left = jobs.left_on(*pair)
-    jobs.clear(*pair)
+    ended = launch.wait(60)
     assert ended.code == EXIT_PREEMPTED, ended.said
     assert "SIGTERM: saving, then stopping" in ended.said
     newest = newest_complete(job.out / "checkpoints")
     check_undamaged(newest)
     assert read_meta(newest)["step"] == job.metrics()[-1]["step"]
-    assert left == []
+    assert jobs.left_on(*cleared) == []
