@@ -23,7 +23,10 @@ COMMANDS = {
     "augment": ("sft.augment", "paraphrase or back-translate rows with local models, or with a function of your own"),
     "prep verify": ("data_prep.verify", "check every digest, count and contract of prepared shards"),
     "show": ("data_prep.show", "look at packed rows: supervised tokens marked, document boundaries drawn"),
-    "doctor": ("sft.doctor.run", "what would fail on these hosts, and for a run, before a GPU hour is spent (--ranks N)"),
+    "doctor": (
+        "sft.doctor.run",
+        "what would fail on these hosts, and for a run, before a GPU hour is spent (--ranks N)",
+    ),
     "stage": ("sft.stage", "copy model and shards to this host's own disk, once, with checksums"),
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
     "blame": ("sft.blame", "the documents of an optimizer step, from their source files"),

@@ -164,7 +164,9 @@ def measure_together(
             say(check)
             watch.mark(check, 0)
             findings += network.measure(group, config, device, options)
-            if config is not None:
+            if config is not None and not options.overlap:
+                findings.append(Finding("overlap_comm", "skip", "all ranks", "not asked for: doctor.overlap false"))
+            elif config is not None:
                 check = "overlap"
                 say(check)
                 watch.mark(check, 0)

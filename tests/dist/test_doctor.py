@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 HOST = os.uname().nodename
 
 
-def flags(model: Path, data: Path, strategy: Path, out: Path, **more: object) -> list[str]:
+def flags(model: Path, data: Path, strategy: Path, out: Path, *, overlap: bool) -> list[str]:
     settings = {**SETTINGS, "model.path": model, "data.train": data / "train", "deepspeed": strategy, "out": out}
-    settings |= {name.replace("__", "."): value for name, value in more.items()}
+    settings |= {"doctor.network_mib": 1, "doctor.overlap": overlap}  # each launch trains for a while otherwise
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
@@ -54,7 +54,7 @@ def start(module: str, *options: object, second: dict[str, str] | None = None) -
 def healthy(tmp_path_factory, base_model, prepared, strategy):
     """The command as a user gives it: (what it said, the JSON, the run's folder)."""
     folder = tmp_path_factory.mktemp("healthy")
-    options = flags(base_model, prepared, strategy, folder / "run")
+    options = flags(base_model, prepared, strategy, folder / "run", overlap=True)
     command = [sys.executable, "-m", "sft.cli", "doctor", "--ranks", "2", "--json", str(folder / "found.json")]
     done = tiny.run([*command, *options])
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,7 +105,7 @@ def test_nothing_is_left_where_the_run_will_be(healthy):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory, base_model, prepared, strategy):
-    """Another package on rank 1, a flipped byte in a shard, and a model without its weights: (ranks, the JSON)."""
+    """Another package on rank 1, a flipped byte in a shard, and no model folder: (ranks, the JSON, the shard)."""
     folder = tmp_path_factory.mktemp("planted")
     metadata = folder / "site" / "transformers-9.9.9.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
@@ -115,7 +115,7 @@ def planted(tmp_path_factory, base_model, prepared, strategy):
     whole = bytearray(shard.read_bytes())
     whole[len(whole) // 2] ^= 1
     shard.write_bytes(whole)
-    options = flags(folder / "no-model", data, strategy, folder / "run")
+    options = flags(folder / "no-model", data, strategy, folder / "run", overlap=False)
     second = {"PYTHONPATH": tiny.python_path(folder / "site", tiny.REPO / "tests" / "offline", tiny.REPO)}
     ranks = start("sft.doctor", *options, "--json", folder / "found.json", second=second)
     return ranks, json.loads((folder / "found.json").read_text()), shard.name
@@ -149,6 +149,7 @@ def test_a_flipped_byte_names_the_file(planted):
 
 def test_a_missing_model_hides_none_of_the_others(planted):
     failed(planted[1], "no-model")
+    assert len([finding for finding in planted[1]["findings"] if finding["status"] == "fail"]) >= 3
     assert planted[1]["complete"] is True
 
 
