@@ -123,11 +123,12 @@ def judge_links(links: Mapping[Link, float], wrong: Iterable[Link], hosts: Seque
     blamed: dict[tuple[str, str], list[Link]] = {}
     for link in sorted(slow):
         blamed.setdefault(_blame(link, slow, links, hosts), []).append(link)
-    for (action, host), guilty in blamed.items():
+    for (action, _), guilty in blamed.items():
         pairs = {pair: None for link in guilty for pair in (link, link[::-1])}
         told = ", ".join(f"{_arrow(*link, hosts)} {show(links[link])}" for link in pairs)
         if action == "direction":
-            where, verb = host, "this direction is slow"
+            senders, receivers = (sorted({link[end] for link in guilty}) for end in (0, 1))
+            where, verb = f"{_who(senders, hosts)} to {_who(receivers, hosts)}", "this direction is slow"
         else:
             ends = sorted({link[0 if action == "sends" else 1] for link in guilty})
             where, verb = _who(ends, hosts), f"{action} slowly"
@@ -201,7 +202,7 @@ def _blame(link: Link, slow: set[Link], links: Mapping[Link, float], hosts: Sequ
         return "sends", hosts[sender]
     if receives and not sends:
         return "receives", hosts[receiver]
-    return "direction", f"host {hosts[sender]} to host {hosts[receiver]}"
+    return "direction", f"{hosts[sender]} {hosts[receiver]}"
 
 
 def _who(ranks: list[int], hosts: Sequence[str]) -> str:

@@ -129,7 +129,7 @@ def test_healthy_links():
 def test_a_host_that_sends_slowly():
     (found,) = judge_links(ring(3, sends_1=0.5), [], THREE_HOSTS)
     assert (found.status, found.where) == ("fail", "host n2")
-    assert found.found.startswith("sends slowly: n2 -> n3 512 MiB/s, n3 -> n2 10 GiB/s, n2 -> n1")
+    assert found.found.startswith("sends slowly: n2 -> n1 512 MiB/s, n1 -> n2 10 GiB/s, n2 -> n3 512 MiB/s")
     assert "n1 -> n3" not in found.found
 
 
@@ -168,6 +168,12 @@ def test_one_network_card_of_a_host():
     (found,) = judge_links(links, [], hosts)
     assert (found.status, found.where) == ("fail", "rank 3 on n2")
     assert "rank 3 on n2 -> rank 5 on n3 1.0 GiB/s" in found.found
+
+
+def test_one_network_card_of_two_hosts():
+    links = {(0, 2): 10.0, (2, 0): 10.0, (1, 3): 0.5, (3, 1): 10.0}
+    (found,) = judge_links(links, [], ["n1", "n1", "n2", "n2"])
+    assert found.where == "rank 1 on n1 to rank 3 on n2"
 
 
 def test_wrong_bytes_on_a_link():
