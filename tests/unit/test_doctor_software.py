@@ -53,6 +53,11 @@ def test_a_package_that_one_rank_lacks_fails():
     assert finding.found == "flash-attn differs: none on rank 1 on n0, host n1, 2.8.3 on rank 0 on n0"
 
 
+def test_libraries_may_not_differ_even_in_their_last_number():
+    (finding,) = other_than_pass(cluster(lambda facts: facts["versions"].update(torch="2.13.1")))
+    assert (finding.status, finding.where) == ("fail", "rank 3 on n1")
+
+
 @pytest.mark.parametrize(("version", "status"), [("3.11.9", "warn"), ("3.12.7", "fail")])
 def test_python_may_differ_in_its_last_number(version, status):
     (finding,) = other_than_pass(cluster(lambda facts: facts["versions"].update(python=version)))
