@@ -26,7 +26,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.shards import MANIFEST, open_shards
+from data_prep.shards import MANIFEST, read_manifest
 from sft.errors import UserError
 from sft.folders import sync_folder
 from sft.progress import track
@@ -91,9 +91,15 @@ def shard_source(option: str, folder: Path) -> Source:
     Raises:
         UserError: it is none, or a shard is missing or cut short.
     """
-    shards = open_shards(folder)
+    entries = {_plain(option, folder, entry["file"]): entry for entry in read_manifest(folder)["shards"]}
+    for name, entry in entries.items():
+        if not (folder / name).is_file() or _size_and_time(folder / name)[0] != entry["bytes"]:
+            raise UserError(
+                f"{option} {folder / name}: is missing or has not the {entry['bytes']} bytes that the manifest says; "
+                "copy it again or prepare again"
+            )
     key = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    digests = {_plain(option, folder, entry["file"]): entry["sha256"] for entry in shards.manifest["shards"]}
+    digests = {name: entry["sha256"] for name, entry in entries.items()}
     names = {*digests, *(path.name for path in folder.glob("*.json") if path.name != RECORD)}
     files = {name: _size_and_time(folder / name) for name in sorted(names)}
     return Source(option, folder, f"{option.removeprefix('data.')}-{key[:16]}", files, {**digests, MANIFEST: key})

@@ -157,6 +157,14 @@ def test_a_damaged_source_shard_is_refused_by_name(world, tmp_path):
     assert not list((tmp_path / "to").glob("train-*"))
 
 
+def test_a_cut_shard_is_refused_before_anything_is_copied(world, tmp_path):
+    shard = tmp_path / "prep" / "train" / "data-00000-of-00001.arrow"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"data.train {shard}: is missing or has not the"):
+        main([*world, "--to", str(tmp_path / "to")])
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_cut_weights_file_is_refused_before_anything_is_copied(world, tmp_path):
     weights = tmp_path / "model" / "model-1-of-2.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)

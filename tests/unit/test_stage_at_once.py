@@ -39,7 +39,7 @@ from sft.stage import main
 chunks = staging._chunks
 def slow(file, stop):
     for chunk in chunks(file, stop):
-        time.sleep({pause_s})
+        time.sleep(0 if "/to/" in str(file.name) else {pause_s})
         yield chunk
 staging._chunks, staging.CHUNK_BYTES = slow, 2**16
 print("ready", flush=True, file=sys.stderr)
@@ -52,7 +52,7 @@ sys.exit(code)
 
 
 def start(arguments: list[str], pause_s: float) -> subprocess.Popen:
-    """`sft stage` in a process of its own that needs time for every 64 KiB, and tells how much it wrote.
+    """`sft stage` in a process of its own that needs time for every 64 KiB of a source, and tells how much it wrote.
 
     It begins with the next line of its standard input.
     """
