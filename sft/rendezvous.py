@@ -62,7 +62,8 @@ def meet(arrive_after_s: float, asked_to_stop: Callable[[], bool] = lambda: Fals
         asked_to_stop: looked at while waiting; true: leave.
 
     Raises:
-        RankLost: ranks did not come, or left again; names them, and their hosts where sft.launch told them.
+        RankLost: ranks did not come, or left again; names them, and their hosts where sft.launch told them. Or the run
+            that is met had this rank already.
         Preempted: this rank, or one that is here, was asked to stop.
         UserError: the port is taken.
     """
@@ -159,6 +160,11 @@ def _check_in(
     asked_to_stop: Callable[[], bool],
 ) -> None:
     """Say that this rank is here, and wait until all are. What is polled is one key."""
+    if store.add(f"came/{rank}", 1) > 1:  # a replaced process, at the store of a run that has not noticed its loss
+        raise RankLost(
+            f"{_me(rank)}: at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} is a run that already had a rank "
+            f"{rank}: another run, which needs another MASTER_PORT, or this one's remains, which end soon; start again"
+        )
     place = {"host": os.uname().nodename, "address": _own_address(os.environ["MASTER_ADDR"])}
     store.set(f"place/{rank}", json.dumps(place))
     arrived = store.add("arrived", 1)
