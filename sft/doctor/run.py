@@ -21,6 +21,7 @@ from sft.doctor.finding import Finding
 from sft.doctor.group import Group
 from sft.doctor.options import DoctorConfig, HostConfig
 from sft.errors import EXIT_RANK_LOST, RankLost, UserError, run_rank
+from sft.launch_env import take_secrets
 from sft.rendezvous import Meeting, meet
 from sft.settings import load, walk_options
 
@@ -41,6 +42,7 @@ on every rank: deepspeed --hostfile ... --module sft.doctor --config run.yaml. E
 
 def main(argv: Sequence[str]) -> None:
     """Check all hosts that ranks were started on, and the run that the options describe."""
+    take_secrets()
     target, flags = take_json(list(argv))
     if {"-h", "--help"} & set(flags):
         print(HELP)
