@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         chosen = with_file(config, out, stage, on)
         record(f"zero{stage}", ONE_HOST, overlap.measure, chosen, device, quick)
     with instead(overlap, "build_engine", wrong_with_overlap(meeting.rank)):
-        record("wrong gradients", ONE_HOST, overlap.measure, with_file(config, out, 3, True), device, quick)
+        record("wrong gradients", ONE_HOST, overlap.measure, with_file(config, out, 2, True), device, quick)
     hanging = quick.model_copy(update={"limit_s": 3.0})
     with instead(dist, "all_gather_into_tensor", late(meeting.rank)):
         record("hang", TWO_HOSTS, network.measure, None, device, hanging)
