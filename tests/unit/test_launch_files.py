@@ -95,17 +95,16 @@ def recorded(tmp_path) -> Callable[..., list[list[str]]]:
     make_command(
         commands,
         "deepspeed",
-        f'''printf "%s\\n" "$@" >"{tmp_path}/call-${{SLURM_NODEID:-0}}"
-out=o; [[ ${{*: -2:1}} != --out ]] || out=${{*: -1}}
-mkdir -p "$out"; echo '{{"event": "finish"}}' >"$out/events.jsonl"''',
+        f'printf "%s\\n" "$@" >"{tmp_path}/call-${{SLURM_NODEID:-0}}"; echo 0 >"$SFT_EXIT_CODES/0"',
     )
     make_command(commands, "scontrol", '[[ "$*" == "show hostnames node[1-2]" ]] && printf "node1\\nnode2\\n"')
     # one task per node, as srun starts them; the hostfile is read while it exists
     make_command(
         commands,
         "srun",
-        f'echo "$@" >"{tmp_path}/srun"; cp hostfile-* "{tmp_path}/hosts"\n'
-        "while [[ $1 == --* ]]; do shift; done\n"
+        "all=$*; while [[ $1 == --* ]]; do shift; done\n"
+        f'if [[ $1 == sft ]]; then echo "$@" >"{tmp_path}/staging"; echo "$STAGED"; echo "$STAGED"; exit; fi\n'
+        f'echo "$all" >"{tmp_path}/srun"; cp hostfile-* "{tmp_path}/hosts"; echo "$SFT_HOSTS" >"{tmp_path}/by-rank"\n'
         'for node in 0 1; do SLURM_NODEID=$node "$@"; done',
     )
     (tmp_path / "run.yaml").write_text(RUN_FILE)
@@ -126,30 +125,55 @@ def test_single_node_command(recorded):
 
 def test_multi_node_command(recorded, tmp_path):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
-    assert recorded("multi_node.sh", "hosts", "run.yaml", "--optim.lr", "1e-5") == [
-        ["--hostfile", "hosts", "--force_multi", "--module", "sft.train", "--config", "run.yaml", "--optim.lr", "1e-5"]
+    expected = ["--hostfile", "hosts", "--force_multi", "--no_ssh_check", "--master_addr", "10.0.0.1"]
+    options = ["--config", "run.yaml", "--optim.lr", "1e-5"]
+    assert recorded("multi_node.sh", "hosts", *options[1:], MASTER_ADDR="10.0.0.1") == [
+        [*expected, "--module", "sft.train", *options]
     ]
 
 
-def test_slurm_starts_one_launcher_per_node(recorded, tmp_path):
-    calls = recorded(
-        "slurm.sbatch",
-        "run.yaml",
-        "--out",
-        "a b",
-        SLURM_JOB_ID="77",
-        SLURM_JOB_NODELIST="node[1-2]",
-        SLURM_GPUS_ON_NODE="8",
-    )
+SLURM_JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks", "module"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": ""}, 8, "sft.train"),
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "3"}, 3, "sft.train"),
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "", "JOB": "doctor"}, 8, "sft.doctor"),
+    ],
+)
+def test_slurm_starts_one_launcher_per_node(recorded, tmp_path, variables, ranks, module):
+    calls = recorded("slurm.sbatch", "run.yaml", "--out", "a b", **SLURM_JOB, **variables)
     hostfile = str(tmp_path / "hostfile-77")
     assert calls == [
         ["--node_rank", node, "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1", "--master_port", "20077",
-         "--module", "sft.train", "--config", "run.yaml", "--out", "a b"]
+         "--module", module, "--config", "run.yaml", "--out", "a b"]
         for node in ("0", "1")
     ]  # fmt: skip
-    assert (tmp_path / "hosts").read_text() == "node1 slots=8\nnode2 slots=8\n"
-    assert "--ntasks-per-node=1" in (tmp_path / "srun").read_text()
+    assert (tmp_path / "hosts").read_text() == f"node1 slots={ranks}\nnode2 slots={ranks}\n"
+    assert (tmp_path / "by-rank").read_text() == f"node1:{ranks},node2:{ranks}\n"
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in (tmp_path / "srun").read_text()
     assert not Path(hostfile).exists()
+
+
+def test_slurm_trains_on_what_it_has_staged(recorded, tmp_path):
+    staged = "--model.path '/local/my model' --data.train /local/train"
+    calls = recorded("slurm.sbatch", "run.yaml", **SLURM_JOB, SLURM_GPUS_ON_NODE="1", STAGE="/local/a b", STAGED=staged)
+    assert (tmp_path / "staging").read_text() == "sft stage --config run.yaml --to /local/a b\n"
+    assert [call[-4:] for call in calls] == [["--model.path", "/local/my model", "--data.train", "/local/train"]] * 2
+
+
+def test_slurm_job_without_gpus_says_what_to_ask_for(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+    environment = {key: value for key, value in os.environ.items() if key not in ("DS_ACCELERATOR", "LOCAL_SIZE")}
+    script = ["bash", ROOT / "launch" / "slurm.sbatch", "run.yaml"]
+    run = subprocess.run(
+        script, cwd=tmp_path, env={**environment, **SLURM_JOB}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: this job has no GPUs: add --gpus-per-node=N")
+    assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SLURM_SCRIPTS, ids=relative)
@@ -160,7 +184,7 @@ def test_sbatch_reads_all_directives(script):
     assert [line for line in lines[first_command:] if line.startswith("#SBATCH")] == []
     options = [line.split()[1].split("=")[0] for line in lines[:first_command] if line.startswith("#SBATCH")]
     known = {"--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--exclusive", "--time", "--output",
-             "--signal"}  # fmt: skip
+             "--signal", "--mem", "--requeue", "--open-mode"}  # fmt: skip
     assert {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--output"} <= set(options) <= known
     assert len(options) == len(set(options))
 
@@ -242,13 +266,13 @@ words = sys.argv[1:]
 while words[0].startswith("--"):
     words.pop(0)
 tasks = []
-signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+signal.signal(signal.SIGUSR1, lambda number, _: [os.killpg(task.pid, number) for task in tasks])
 for node in "01":
     environment = {**os.environ, "SLURM_NODEID": node, "SLURM_STEP_NUM_NODES": "2"}
     tasks.append(subprocess.Popen(words, env=environment, start_new_session=True))
 sys.exit(max(task.wait() for task in tasks))
 """
-"""srun as its manual has it: one task per node, signals go to each, the highest exit code comes back."""
+"""As the real one: one task per node, signals go to every process of each, the highest exit code comes back."""
 
 
 @pytest.mark.dist
@@ -258,9 +282,10 @@ def test_slurm_hands_its_signal_to_the_ranks_of_every_node(tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()
     make_command(commands, "scontrol", 'printf "localhost\\n127.0.0.1\\n"')
+    make_command(commands, "squeue", "echo RUNNING")
     (commands / "srun").write_text(f"#!{sys.executable}{SRUN}")
     (commands / "srun").chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "1"}
+    slurm = {**SLURM_JOB, "SLURM_GPUS_ON_NODE": "1"}
     environment = stand_in.environment('{"save_s": [1, 3]}', LOCAL_SIZE="1", **slurm)
     environment["PATH"] = f"{commands}:{environment['PATH']}"
     script = ["bash", ROOT / "launch" / "slurm.sbatch", "run.yaml"]
@@ -273,6 +298,49 @@ def test_slurm_hands_its_signal_to_the_ranks_of_every_node(tmp_path):
     assert len(list(folder.glob("rank*.saved"))) == 2
     assert stand_in.processes_in(folder) == []
     assert not (folder / "hostfile-77").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "before", "saved", "told"),
+    [
+        (75, "RUNNING", None, 2, "job 77 goes back into the queue, and on from step-00000002"),
+        (75, "RUNNING", 2, 12, "job 77 goes back into the queue, and on from step-00000012"),
+        (75, "RUNNING", 2, None, "job 77 is not put back into the queue: this start has saved no step"),
+        (75, "RUNNING", None, None, "job 77 is not put back into the queue: this start has saved no step"),
+        (75, "COMPLETING", 2, 12, "job 77 is COMPLETING and is not put back into the queue"),
+        (1, "RUNNING", 2, 12, None),
+        (0, "RUNNING", 2, 12, None),
+    ],
+)
+def test_slurm_goes_back_into_the_queue_only_to_go_on(tmp_path, code, state, before, saved, told):
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (tmp_path / "run.yaml").write_text(RUN_FILE)
+
+    def marker(step: int) -> Path:
+        folder = tmp_path / "o" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        return folder / "COMPLETE"
+
+    if before:
+        marker(before).touch()
+    save = f"touch {marker(saved)}" if saved else "true"
+    make_command(commands, "scontrol", 'if [[ $1 == show ]]; then echo node1; else echo "$*" >requeued; fi')
+    make_command(commands, "squeue", f"echo {state}")
+    make_command(commands, "srun", f"{save}; exit {code}")
+    environment = {**os.environ, "PATH": f"{commands}:{VENV}:{os.environ['PATH']}", **SLURM_JOB}
+    script = ["bash", ROOT / "launch" / "slurm.sbatch", "run.yaml"]
+    job = subprocess.run(
+        script,
+        cwd=tmp_path,
+        env={**environment, "SLURM_GPUS_ON_NODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert job.returncode == code
+    assert job.stderr == (f"{told}\n" if told else "")
+    assert (tmp_path / "requeued").exists() == ("goes back" in (told or ""))
 
 
 @pytest.mark.dist
@@ -291,7 +359,7 @@ def test_multi_node_reaches_ranks_that_it_did_not_start(tmp_path):
 until [[ -f code ]]; do sleep 0.1; done
 exit "$(<code)\"""",
     )
-    environment = stand_in.environment('{"save_s": [1, 1]}')
+    environment = stand_in.environment('{"save_s": [1, 1]}', MASTER_ADDR="127.0.0.1")
     environment["PATH"] = f"{commands}:{environment['PATH']}"
     script = [ROOT / "launch" / "multi_node.sh", "hosts", "run.yaml"]
     command = subprocess.Popen(script, cwd=folder, env=environment)
