@@ -21,6 +21,10 @@ from sft.vitals import name_all
 
 LOOK_S = 0.1
 CONNECT_S = 5.0
+HEARD_S = 5.0
+"""For the others to read why the meeting ended, before rank 0 ends, and the store with it."""
+VERDICT = "verdict"
+"""Key of what came of the meeting; the first rank to write it decides for all."""
 HOSTS = "SFT_HOSTS"
 """Environment variable of sft.launch: `name:ranks,name:ranks`, so that a rank that never came can be named."""
 
@@ -167,23 +171,29 @@ def _check_in(
         )
     place = {"host": os.uname().nodename, "address": _own_address(os.environ["MASTER_ADDR"])}
     store.set(f"place/{rank}", json.dumps(place))
-    arrived = store.add("arrived", 1)
-    if arrived == world_size:
-        store.set("all here", "")
-    while not store.check(["all here"]):
-        if store.check(["left"]):
-            raise Preempted(store.get("left").decode())
+    if store.add("arrived", 1) == world_size:
+        store.compare_set(VERDICT, "", "met")
+    while not store.check([VERDICT]):
         if asked_to_stop():
             reason = f"{_me(rank)}: asked to stop before all ranks had come; run the same command again to go on"
-            store.set("left", reason)
-            raise Preempted(reason)
-        if time.monotonic() > deadline_s:
+            store.compare_set(VERDICT, "", f"stop {reason}")
+        elif time.monotonic() > deadline_s:
             missing = [other for other in range(world_size) if not store.check([f"place/{other}"])]
-            raise RankLost(
+            reason = (
                 f"{_me(rank)}: {missing_ranks(missing, os.environ.get(HOSTS))} did not come within "
                 f"{arrive_after_s:.0f} s ({world_size - len(missing)} of {world_size} are here); see that host's output"
             )
-        time.sleep(LOOK_S)
+            store.compare_set(VERDICT, "", f"lost {reason}")
+        else:
+            time.sleep(LOOK_S)
+    kind, _, reason = store.get(VERDICT).decode().partition(" ")
+    if kind == "met":
+        return
+    store.add("heard", 1)
+    until_s = time.monotonic() + HEARD_S
+    while rank == 0 and store.add("heard", 0) < store.add("arrived", 0) and time.monotonic() < until_s:
+        time.sleep(LOOK_S)  # the store ends with this rank
+    raise (Preempted if kind == "stop" else RankLost)(reason)
 
 
 def _own_address(target: str) -> str:

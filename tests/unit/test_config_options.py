@@ -10,14 +10,18 @@ from pydantic import BaseModel
 
 from sft import config
 from sft.augment_options import AugmentConfig
+from sft.doctor.options import DoctorConfig
 from sft.eval.options import DriftConfig, EvalConfig
 from sft.settings import walk_options
+from sft.stage import StageConfig
 
 COMMANDS = {
     "sft prep": config.PrepConfig,
     "sft augment": AugmentConfig,
     "sft prep verify": config.VerifyConfig,
     "sft train": config.RunConfig,
+    "sft stage": StageConfig,
+    "sft doctor": DoctorConfig,
     "sft blame": config.BlameConfig,
     "sft export": config.ExportConfig,
     "sft eval": EvalConfig,
@@ -102,6 +106,7 @@ OPTIONS = {
         "guard.spike_window",
         "guard.spike_deviations",
         "guard.max_rollbacks",
+        "guard.arrive_after_s",
         "guard.lost_after_s",
         "guard.hang_after_s",
         "eval.every",
@@ -191,6 +196,14 @@ OPTIONS = {
         "ranks",
     ],
 }
+OPTIONS["sft stage"] = [*OPTIONS["sft train"], "to*"]
+OPTIONS["sft doctor"] = [
+    *OPTIONS["sft train"],
+    "doctor.digests",
+    "doctor.network_mib",
+    "doctor.overlap",
+    "doctor.limit_s",
+]
 """A trailing * marks an option that has no default. Change this list on purpose only, with a line in the CHANGELOG."""
 
 
