@@ -162,6 +162,11 @@ def rank_on(host: Host, folder: Path) -> psutil.Process:
     return outermost
 
 
+def has_rank(host: Host, folder: Path) -> bool:
+    """Whether a rank of the job in `folder` runs on a host."""
+    return any(is_rank(process) for process in _running(host, folder))
+
+
 def is_rank(process: psutil.Process) -> bool:
     """Whether it is a rank of sft.train."""
     with contextlib.suppress(psutil.Error):

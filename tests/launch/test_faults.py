@@ -25,7 +25,6 @@ from tests.launch.jobs import Ended, Job, Launch, pair  # noqa: F401
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(1200)]
 
 LOST_AFTER_S = 6.0
-ARRIVE_AFTER_S = 10.0
 STEPS = 3
 """Taken by each launch before something happens to it."""
 SSH_ALIVE_S = 2
