@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def test_scripts_pass_shellcheck(tmp_path):
         ("prep.slurm", []),
         ("prep.slurm", ["missing.yaml"]),
         ("prep.slurm", ["--workers", "1"]),
+        ("prep.slurm", ["prep-%a.yaml"]),
     ],
 )
 def test_wrong_arguments_show_the_usage(tmp_path, script, arguments):
@@ -125,7 +126,8 @@ def test_single_node_command(recorded):
 
 def test_multi_node_command(recorded, tmp_path):
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
-    expected = ["--hostfile", "hosts", "--force_multi", "--no_ssh_check", "--master_addr", "10.0.0.1"]
+    expected = ["--log_level", "error", "--hostfile", "hosts", "--force_multi", "--master_port", "29500",
+                "--no_ssh_check", "--master_addr", "10.0.0.1"]  # fmt: skip
     options = ["--config", "run.yaml", "--optim.lr", "1e-5"]
     assert recorded("multi_node.sh", "hosts", *options[1:], MASTER_ADDR="10.0.0.1") == [
         [*expected, "--module", "sft.train", *options]
@@ -147,8 +149,8 @@ def test_slurm_starts_one_launcher_per_node(recorded, tmp_path, variables, ranks
     calls = recorded("slurm.sbatch", "run.yaml", "--out", "a b", **SLURM_JOB, **variables)
     hostfile = str(tmp_path / "hostfile-77")
     assert calls == [
-        ["--node_rank", node, "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1", "--master_port", "20077",
-         "--module", module, "--config", "run.yaml", "--out", "a b"]
+        ["--log_level", "error", "--node_rank", node, "--hostfile", hostfile, "--no_ssh", "--master_addr", "node1",
+         "--master_port", "20077", "--module", module, "--config", "run.yaml", "--out", "a b"]
         for node in ("0", "1")
     ]  # fmt: skip
     assert (tmp_path / "hosts").read_text() == f"node1 slots={ranks}\nnode2 slots={ranks}\n"
@@ -203,14 +205,14 @@ def prep_job(tmp_path) -> Callable[..., tuple[int, dict[str, str], list[str], li
     )
     (tmp_path / "prep.yaml").write_text("out: o\n")
 
-    def run(**variables: str) -> tuple[int, dict[str, str], list[str], list[str]]:
+    def run(
+        arguments: Sequence[str] = ("prep.yaml", "--out", "a b"), **variables: str
+    ) -> tuple[int, dict[str, str], list[str], list[str]]:
         slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "64"}
         environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", **slurm, **variables}
         script = ROOT / "launch" / "prep.slurm"
         start_s = time.monotonic()
-        ended = subprocess.run(
-            ["bash", script, "prep.yaml", "--out", "a b"], cwd=tmp_path, env=environment, check=False, timeout=60
-        )
+        ended = subprocess.run(["bash", script, *arguments], cwd=tmp_path, env=environment, check=False, timeout=60)
         assert time.monotonic() - start_s < 30, "srun is stopped when the driver has ended"
         seen = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
         srun, driver = ((tmp_path / name).read_text().splitlines() for name in ("srun", "driver"))
@@ -230,6 +232,13 @@ def test_prep_job_starts_ray_on_each_node_and_passes_the_exit_code_on(prep_job):
     assert re.fullmatch("[0-9a-f]{64}", environment["RAY_AUTH_TOKEN"])
     assert (environment["HEAD"], environment["CPUS"]) == ("node1", "64")
     assert "--cpus-per-task=8" in prep_job(SLURM_CPUS_PER_TASK="8")[2]
+
+
+def test_task_of_an_array_prepares_its_own_part(prep_job, tmp_path):
+    (tmp_path / "prep-3.yaml").write_text("out: o\n")
+    _, _, _, driver = prep_job(["prep-%a.yaml", "--out", "runs/part-%a/of %a"], SLURM_ARRAY_TASK_ID="3")
+    assert driver[-7:] == ["prep", "--config", "prep-3.yaml", "--engine", "ray", "--out", "runs/part-3/of 3"]
+    assert prep_job(["prep.yaml", "--out", "part-%a"])[3][-1] == "part-%a", "without an array nothing is replaced"
 
 
 def test_prep_jobs_of_one_user_share_nothing(prep_job):
@@ -294,7 +303,7 @@ def test_slurm_hands_its_signal_to_the_ranks_of_every_node(tmp_path):
     job.send_signal(signal.SIGUSR1)  # to the script alone: --signal=B:USR1@300
     said = job.communicate(timeout=90)[1]
     assert job.returncode == 75, said
-    assert said.count("SIGUSR1: saving, then stopping\n") == 2
+    assert said.count("SIGUSR1: saving, then stopping") == 2
     assert len(list(folder.glob("rank*.saved"))) == 2
     assert stand_in.processes_in(folder) == []
     assert not (folder / "hostfile-77").exists()
