@@ -11,9 +11,11 @@ import pytest
 from sft import config
 from sft.augment_options import AugmentConfig
 from sft.cli import COMMANDS, take_ranks
+from sft.doctor.options import DoctorConfig
 from sft.errors import UserError
 from sft.eval.options import DriftConfig, EvalConfig
 from sft.settings import load
+from sft.stage import StageConfig
 from tests.tiny import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -23,6 +25,8 @@ OPTIONS = {
     "augment": AugmentConfig,
     "show": config.ShowConfig,
     "train": config.RunConfig,
+    "doctor": DoctorConfig,
+    "stage": StageConfig,
     "blame": config.BlameConfig,
     "export": config.ExportConfig,
     "eval": EvalConfig,
