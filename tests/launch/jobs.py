@@ -185,9 +185,9 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float, tell: C
     return time.monotonic() - began_s
 
 
-def left_on(*hosts: Host, folder: Path | None = None) -> list[str]:
+def left_on(*hosts: Host, folder: Path | None = None, within_s: float = 3.0) -> list[str]:
     """What still runs on the hosts (in `folder` alone), after a moment in which what is ending may end."""
-    deadline_s = time.monotonic() + 3
+    deadline_s = time.monotonic() + within_s
     while any(_running(host, folder) for host in hosts) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     found = []
