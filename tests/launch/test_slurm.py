@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from sft.checkpoint import check_undamaged, newest_complete, step_of
 from sft.errors import EXIT_BAD_INPUT
@@ -66,10 +67,15 @@ def last_step(job: Job) -> int:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory, slurm, base_model, prepared, strategy) -> SimpleNamespace:
-    """A job that was sent USR1, with what it had saved when it was back in the queue; the same run undisturbed."""
+    """A job on staged files that was sent USR1, with what it had saved when it was back in the queue; the same run
+    undisturbed and not staged."""
     folder = tmp_path_factory.mktemp("asked")
     job = jobs.make_job(folder / "job", base_model, prepared, strategy, train={"max_steps": STEPS})
-    number = submit(slurm, job)
+    local = folder / "local disk"
+    local.mkdir()
+    for host in slurm.hosts:
+        host.mount_small_disk(local, 64)
+    number = submit(slurm, job, STAGE=str(local))
     wait_for_step(slurm, job, number, 2)
     slurm.command("scancel", "--signal=USR1", number)
     slurm.wait_until(lambda: slurm.job(number)["Restarts"] == "1", "requeue")
@@ -78,6 +84,7 @@ def asked(tmp_path_factory, slurm, base_model, prepared, strategy) -> SimpleName
     stopped_after = last_step(job)
     end = slurm.wait(number)
     left = slurm.left()
+    staged = [set(host.run("ls", local).stdout.split()) for host in slurm.hosts]
     alone = tiny.run_module(2, "sft.train", "--config", str(job.folder / "run.yaml"), "--out", str(folder / "alone"))
     assert alone.returncode == 0, alone.stdout + alone.stderr
     undisturbed = jobs.read_whole_lines(folder / "alone" / "metrics.jsonl")
@@ -92,6 +99,14 @@ def test_job_goes_back_into_the_queue_and_finishes_by_itself(asked):
     assert f"resumed from run/checkpoints/{asked.saved.name}\n" in log, "the log of the second start follows the first"
     assert asked.left == []
     assert list(asked.job.folder.glob("hostfile-*")) == []
+
+
+def test_every_node_reads_its_own_copy(asked):
+    options = yaml.safe_load((asked.job.out / "config.yaml").read_text())
+    for path in (options["model"]["path"], options["data"]["train"]):
+        assert Path(path).parent == asked.local
+        assert all(Path(path).name in names for names in asked.staged)
+    assert list(asked.local.iterdir()) == [], "control: what the nodes mounted there is seen by nobody else"
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "lr"])
