@@ -89,7 +89,7 @@ def train(argv: Sequence[str]) -> None:
         launcher += ["--num_gpus", str(ranks)]
     say = functools.partial(print, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="sft-", ignore_cleanup_errors=True) as folder:
-        job = Job([*launcher, "--module", TRAINER, *options], TRAINER, options, environment, Path(folder), lost_after_s)
+        job = Job([*launcher, "--module", TRAINER, *options], TRAINER, environment, Path(folder), lost_after_s)
         code = supervise(job, say)
     if code:
         raise SystemExit(code)

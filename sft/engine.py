@@ -114,13 +114,21 @@ def join(meeting: Meeting) -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=meeting.store,
-        rank=meeting.rank,
-        world_size=meeting.world_size,
-        timeout=GROUP_TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=meeting.store,
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=GROUP_TIMEOUT,
+        )
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"rank {meeting.rank} on {os.uname().nodename}: no TCP connection with the others "
+            f"({str(error).splitlines()[0][:160]}); name the network interface in GLOO_SOCKET_IFNAME"
+        ) from error
     deepspeed.init_distributed(verbose=False)  # takes the group that is there
     return device
 

@@ -4,6 +4,7 @@ exit codes of `sft train`. The files in launch/ are built on it; also for torchr
 import contextlib
 import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.config import RunConfig
-from sft.doctor.options import DoctorConfig
+from sft.doctor.options import DoctorConfig, take_json
 from sft.errors import EXIT_CODES_FOLDER, UserError, run_command
 from sft.launch_env import for_pdsh, hand_on
 from sft.ranks import DOCTOR, MODULES
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
         )
     at = list(argv).index(module)
     command, options = argv[:at], argv[at + 1 :]
-    config = load(DoctorConfig if module == DOCTOR else RunConfig, options, prog=module.replace(".", " "))
+    own = take_json(options)[1] if module == DOCTOR else options
+    config = load(DoctorConfig if module == DOCTOR else RunConfig, own, prog=module.replace(".", " "))
     say = functools.partial(print, file=sys.stderr, flush=True)
     make_job = job_by_ssh if BY_SSH in command else job_here
     with make_job(command, module, options, config) as job:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
 def job_here(command: Sequence[str], module: str, options: Sequence[str], config: RunConfig) -> Iterator[Job]:
     """The command as it is: its ranks run on this host."""
     with tempfile.TemporaryDirectory(prefix="sft-", ignore_cleanup_errors=True) as folder:
-        yield Job([*command, module, *options], module, options, os.environ, Path(folder), config.guard.lost_after_s)
+        yield Job([*command, module, *options], module, os.environ, Path(folder), config.guard.lost_after_s)
 
 
 @contextlib.contextmanager
@@ -61,6 +63,9 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
     Hosts that do not answer are told before anything starts; variables and secrets reach the ranks (sft.launch_env);
     options survive two shells; a silent ssh connection ends.
     """
+    here = str(Path.cwd())
+    if not re.fullmatch(r"[\w@+=:,./-]+", here):
+        raise UserError(f"{here}: DeepSpeed cannot start ranks in a folder with such a name; use one without spaces")
     hostfile = Path(command[command.index("--hostfile") + 1])
     hosts = read_hostfile(hostfile)
     address = os.environ.get("MASTER_ADDR") or check_hosts(hosts, hostfile)
@@ -77,7 +82,6 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
         yield Job(
             [*launcher, module, *map(for_pdsh, options)],
             module,
-            options,
             {**hand_on(environment, folder), PDSH_OPTIONS: ssh_options()},
             codes,
             config.guard.lost_after_s,

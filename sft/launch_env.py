@@ -2,7 +2,7 @@
 
 DeepSpeed starts ranks with `ssh host 'export NAME=value; ...'`: whatever it exports, everyone on both hosts can read in
 the list of processes. So it is given no secret: those go into a file that only the user may read, in a folder that all
-hosts see, which each rank takes in when it starts, and which is gone when the launcher is.
+hosts see. Each rank takes it in when it starts, and rank 0 deletes it when all have met.
 """
 
 import json
@@ -70,6 +70,12 @@ def take_secrets() -> None:
                 f"{path}: {os.uname().nodename} does not see what the launcher wrote there; choose an --out on a file "
                 "system that all hosts share"
             ) from None
+
+
+def drop_secrets() -> None:
+    """In rank 0, once all ranks have met and so have taken them: a launcher that is killed must leave none behind."""
+    if path := os.environ.get(SECRETS_FILE):
+        Path(path).unlink(missing_ok=True)
 
 
 def for_pdsh(option: str) -> str:

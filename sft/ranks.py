@@ -1,4 +1,4 @@
-"""The ranks of a run on this host: found by their command line, and how they ended, as they wrote it themselves.
+"""The ranks of a launch on this host: which processes they are, and how they ended, as they wrote it themselves.
 
 No launcher hands a rank's exit code on: DeepSpeed's says that of the first rank it sees failing, or 0 where it was
 killed itself; torchrun says 1. So each rank writes its own (`sft.errors.leave`).
@@ -6,12 +6,19 @@ killed itself; torchrun says 1. So each rank writes its own (`sft.errors.leave`)
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
-from sft.errors import EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_GUARD, EXIT_PREEMPTED, EXIT_RANK_LOST
+from sft.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_CODES_FOLDER,
+    EXIT_GATE_FAILED,
+    EXIT_GUARD,
+    EXIT_PREEMPTED,
+    EXIT_RANK_LOST,
+)
 from sft.signals import SIGNALS
 
 TRAINER = "sft.train"
@@ -23,31 +30,23 @@ MOST_TELLING = (EXIT_BAD_INPUT, EXIT_GATE_FAILED, EXIT_GUARD, 1, EXIT_RANK_LOST,
 """Where ranks ended differently: the cause before its consequences."""
 
 
-def find_ranks(module: str, options: Sequence[str]) -> list[psutil.Process]:
-    """This host's ranks of `module` that this user started in this folder with these options.
+def find_ranks(exit_codes: Path) -> dict[psutil.Process, int]:
+    """This host's ranks of one launch, and their numbers.
 
-    By their command line, and not as descendants: those that ssh started are none, and those of a killed launcher are
-    none any more.
+    By the folder that the launch gave them for their exit codes, and not as descendants: those that ssh started are
+    none, and those of a killed launcher are none any more. A second start of the same command, which the run's lock
+    refuses, does not find the first one's.
     """
     found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has just ended, or is another user's
-            if (
-                is_rank(process.cmdline(), module, options)
-                and process.uids().real == os.getuid()
-                and process.cwd() == str(Path.cwd())
-            ):
-                found[process.pid] = process
-    return [rank for rank in found.values() if _parent(rank) not in found]  # a fork shows the same command line
-
-
-def is_rank(words: Sequence[str], module: str, options: Sequence[str]) -> bool:
-    """Whether a command line is what launch.py or torchrun starts for a rank: `python -u -m MODULE ... OPTIONS`."""
-    split = len(words) - len(options)
-    if split < 3 or list(words[split:]) != list(options):
-        return False
-    own = [word for word in words[1:split] if word != "-u" and not word.startswith("--local_rank=")]
-    return own == ["-m", module]
+            if process.uids().real != os.getuid():
+                continue
+            environment = process.environ()
+            if environment.get(EXIT_CODES_FOLDER) == str(exit_codes.absolute()) and "RANK" in environment:
+                found[process] = int(environment["RANK"])
+    pids = {process.pid for process in found}
+    return {process: rank for process, rank in found.items() if _parent(process) not in pids}  # its own children
 
 
 def listens(rank: psutil.Process) -> bool:

@@ -8,6 +8,7 @@ a cut link, everything is ended here.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from sft.errors import EXIT_BAD_INPUT, EXIT_CODES_FOLDER, EXIT_PREEMPTED
 from sft.ranks import TRAINER, exit_code, find_ranks, listens, read_exit_codes, send
 from sft.signals import SIGNALS
 from sft.ssh import on_hosts
+from sft.vitals import name_all
 
 TWICE_ENDS = {signal.SIGTERM, signal.SIGINT}
 BROADCAST = (signal.SIGUSR1, signal.SIGHUP)
@@ -30,13 +32,15 @@ BROADCAST = (signal.SIGUSR1, signal.SIGHUP)
 APART_S = 2.0
 """One wish can arrive as two signals: Slurm may send SIGTERM to tasks and to the script, which passes it on to them."""
 LOOK_S = 0.2
+SURVEY_S = 3.0
+"""Between two looks at who the ranks of this host are."""
 REMOTE_S = 30.0
 """For a signal to reach the ranks of other hosts over ssh, and between two attempts."""
 OTHER_HOSTS_WAIT_S = 10.0
 """srun ends all nodes as soon as one has failed; an ending that all share should come from each of them."""
 BAD_INPUT_WAIT_S = 15.0
 """After one rank has refused its input: the others say the same by then, or wait for it in vain."""
-REST_WAIT_S = 90.0
+REST_WAIT_S = 45.0
 """After the first rank has left and lost_after_s more: by then the others' watchdogs have ended them, or never will."""
 
 
@@ -45,17 +49,16 @@ class Job:
     """A launcher's command and what must be known of its ranks."""
 
     command: Sequence[str]
-    """Ends with `sft.train` (or sft.doctor) and `options`."""
+    """Starts ranks of `module`, sft.train or sft.doctor, and waits for them."""
     module: str
-    options: Sequence[str]
-    """Of the module, exactly as the ranks will show them: that is how they are recognized."""
     environment: Mapping[str, str]
     exit_codes: Path
-    """An empty folder, for this start alone; where ranks run on several hosts, one that all of them see."""
+    """An empty folder, for this start alone, by which its ranks are recognized; where they run on several hosts, one
+    that all of them see."""
     lost_after_s: float = 60.0
     """guard.lost_after_s of the run."""
     hosts: Sequence[str] = field(default=())
-    """Where ranks are started through ssh: their hosts. Those on this one are nobody's descendants, either."""
+    """Where ranks are started through ssh: their hosts."""
 
 
 def supervise(job: Job, say: Callable[[str], None]) -> int:
@@ -77,9 +80,13 @@ def supervise(job: Job, say: Callable[[str], None]) -> int:
         if course.requests and (code := course.answer()) is not None:
             return code
         time.sleep(LOOK_S)
-    course.ask_those_left_behind()
+    else:
+        course.ask_those_left_behind()
     _kill_group(course.launched)
     code = exit_code(course.launched.returncode, read_exit_codes(job.exit_codes))
+    if killed := course.killed():
+        who = name_all([f"rank {rank}" for rank in killed])
+        _tell(say, f"error: {who} on {os.uname().nodename} did not leave by itself: killed, out of memory perhaps")
     if code == 1 and course.launched.returncode == 0:
         _tell(say, "error: the ranks ended before the last step; see their output above")
     if code > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
@@ -95,16 +102,21 @@ class _Course:
         self.requests: list[tuple[int, float]] = []
         """Signals to this process: number, and time.monotonic()."""
         self.launched = _start(job, self.requests)
-        self.ranks = _finder(job, self.launched.pid)
+        self.ranks = functools.partial(find_ranks, job.exit_codes)
         self._told: set[psutil.Process] | None = None
         self._had_begun, self._lost = False, False
         self._codes: dict[int, int] = {}
+        self._seen: set[int] = set()
+        self._looked_s = time.monotonic()
         self._first_left_s: float | None = None
         self._asked_remotely_s = float("-inf")
 
     def note_what_happened(self) -> None:
-        """Ranks that have left, and a launcher that was killed: then its ranks are asked to save."""
+        """Ranks that are here or have left; and a launcher that was killed: then its ranks are asked to save."""
         self._codes = read_exit_codes(self._job.exit_codes)
+        if time.monotonic() > self._looked_s + SURVEY_S:
+            self._seen |= set(self.ranks().values())
+            self._looked_s = time.monotonic()
         if any(self._codes.values()) and self._first_left_s is None:
             self._first_left_s = time.monotonic()
         if self.launched.returncode is not None and not self.requests:
@@ -119,12 +131,12 @@ class _Course:
             return False
         who = _who_left(self._codes)
         _tell(self._say, f"error: {who}, but the launcher or other ranks did not end in {patience_s:.0f} s: killed")
-        _end(self._job, self.launched, self.ranks())
+        _end(self._job, self.launched, set(self.ranks()))
         return True
 
     def answer(self) -> int | None:
         """To the signals received so far; an exit code where everything has been ended at once."""
-        job, first, ranks = self._job, self.requests[0][0], self.ranks()
+        job, first, ranks = self._job, self.requests[0][0], set(self.ranks())
         ready = {rank for rank in ranks if listens(rank)}
         self._had_begun = self._had_begun or bool(ready or self._codes)
         if _insists(self.requests) or job.module != TRAINER:
@@ -144,6 +156,10 @@ class _Course:
             _signal_remotely(job, first)
         return None
 
+    def killed(self) -> list[int]:
+        """Ranks of this host that are gone and did not leave by themselves."""
+        return sorted(self._seen - set(read_exit_codes(self._job.exit_codes)) - set(self.ranks().values()))
+
     def ask_those_left_behind(self) -> None:
         """Where the launcher of several hosts was killed, and none of its ranks runs here."""
         if self._job.hosts and self.launched.poll() is not None and self.launched.returncode < 0 and not self.requests:
@@ -159,25 +175,13 @@ def _start(job: Job, requests: list[tuple[int, float]]) -> "subprocess.Popen[byt
 
     for number in BROADCAST:  # children inherit what is ignored, until they take a signal over themselves
         signal.signal(number, signal.SIG_IGN)
-    environment = {**job.environment, EXIT_CODES_FOLDER: str(job.exit_codes.absolute())}
+    # Kubeflow gives a pod a RANK, which would make every process below it look like a rank
+    environment = {name: value for name, value in job.environment.items() if name != "RANK"}
+    environment[EXIT_CODES_FOLDER] = str(job.exit_codes.absolute())
     launched = subprocess.Popen(job.command, env=environment, start_new_session=True)
     for number in SIGNALS:
         signal.signal(number, receive)
     return launched
-
-
-def _finder(job: Job, launcher: int) -> Callable[[], list[psutil.Process]]:
-    """A second start of the same command, which the run's lock refuses, must not touch the first one's ranks."""
-    known: set[psutil.Process] = set()
-
-    def ranks_of_ours() -> list[psutil.Process]:
-        found = find_ranks(job.module, job.options)
-        if job.hosts:
-            return found
-        known.update(rank for rank in found if _session(rank) == launcher or launcher in _ancestors(rank))
-        return [rank for rank in found if rank in known]  # those of a killed torchrun have lost their ancestors
-
-    return ranks_of_ours
 
 
 def _patience_s(job: Job, codes: Mapping[int, int]) -> float:
@@ -202,30 +206,16 @@ def _tell(say: Callable[[str], None], line: str) -> None:
         say(line)
 
 
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except ProcessLookupError:
-        return None
-
-
-def _ancestors(process: psutil.Process) -> list[int]:
-    try:
-        return [parent.pid for parent in process.parents()]
-    except psutil.Error:
-        return []
-
-
 def _signal_remotely(job: Job, number: int) -> None:
     """To the ranks of all hosts. One of them would do for a save, but any host may be the one that does not answer."""
-    command = [sys.executable, "-m", "sft.signal_ranks", str(int(number)), job.module, *job.options]
+    command = [sys.executable, "-m", "sft.signal_ranks", str(int(number)), str(job.exit_codes.absolute())]
     on_hosts(job.hosts, command, REMOTE_S)
 
 
-def _end(job: Job, launched: "subprocess.Popen[bytes]", ranks: Sequence[psutil.Process]) -> None:
+def _end(job: Job, launched: "subprocess.Popen[bytes]", ranks: set[psutil.Process]) -> None:
     """Kill everything, here and on the other hosts; with the launcher first, which would start its own kind of end."""
     _kill_group(launched)
-    send(signal.SIGKILL, set(ranks))
+    send(signal.SIGKILL, ranks)
     if job.hosts:
         _signal_remotely(job, signal.SIGKILL)
     launched.wait()

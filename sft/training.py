@@ -18,6 +18,7 @@ from sft.guard import Guard, Spike
 from sft.hf_folder import prove_export
 from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_inputs
 from sft.isolation import prove_isolation
+from sft.launch_env import drop_secrets
 from sft.metrics import Recorder
 from sft.preemption import StopRequest
 from sft.run_folder import await_config, lock, run_folder, write_config
@@ -52,6 +53,8 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     out = run_folder(config)
     device = start_distributed(config.guard.arrive_after_s, lambda: inbox.received is not None)
     is_first = dist.get_rank() == 0
+    if is_first:
+        drop_secrets()
     numerics = choose_numerics(config, device, inputs.model_config["model_type"])
     resume.on_first_rank(lambda: lock(out))
     with Recorder(config, out, is_first, inputs.total_steps) as recorder, watch_over(config, out, recorder) as watch:

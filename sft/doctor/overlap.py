@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from sft import batch, zero_state
 from sft.config import RunConfig
@@ -247,5 +248,7 @@ def _write_model(folder: Path, size: Size) -> None:
         max_position_embeddings=size.document,
     )
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(settings)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(settings).to(torch.bfloat16)
+    # model.save_pretrained writes on global rank 0 alone where a process group exists
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)

@@ -19,13 +19,12 @@ from sft.config import GuardSection, RunConfig
 from sft.doctor import report
 from sft.doctor.finding import Finding
 from sft.doctor.group import Group
-from sft.doctor.options import DoctorConfig, HostConfig
-from sft.errors import EXIT_RANK_LOST, RankLost, UserError, run_rank
-from sft.launch_env import take_secrets
+from sft.doctor.options import STDOUT, DoctorConfig, HostConfig, take_json
+from sft.errors import EXIT_RANK_LOST, RankLost, run_rank
+from sft.launch_env import drop_secrets, take_secrets
 from sft.rendezvous import Meeting, meet
 from sft.settings import load, walk_options
 
-STDOUT = "-"
 LEAVE_S = 10.0
 """Rank 0 stays so long for the others to read the outcome: its store goes with it."""
 STOPPED_LEAVE_S = 2.0
@@ -43,7 +42,7 @@ on every rank: deepspeed --hostfile ... --module sft.doctor --config run.yaml. E
 def main(argv: Sequence[str]) -> None:
     """Check all hosts that ranks were started on, and the run that the options describe."""
     take_secrets()
-    target, flags = take_json(list(argv))
+    target, flags = take_json(argv)
     if {"-h", "--help"} & set(flags):
         print(HELP)
     config = read_options(flags)
@@ -61,6 +60,8 @@ def check_all(config: DoctorConfig | HostConfig, outcome: "Outcome") -> None:
     """Meet the other ranks and look at everything with them. Collective."""
     run = config if isinstance(config, DoctorConfig) else None
     outcome.meeting = meeting = meet((run.guard if run else GuardSection()).arrive_after_s)
+    if meeting.rank == 0:
+        drop_secrets()
     # the others wait longer, so that it is rank 0 that finds out who is late: it has the table
     limit_s = config.doctor.limit_s * (1 if meeting.rank == 0 else 2)
     group = Group(meeting, int(os.environ["LOCAL_RANK"]), limit_s)
@@ -80,27 +81,6 @@ def read_options(flags: Sequence[str]) -> DoctorConfig | HostConfig:
     if names & {"config", *asks, *(name for name, _ in walk_options(RunConfig))}:
         return load(DoctorConfig, flags, prog="sft doctor")
     return load(HostConfig, flags, prog="sft doctor")
-
-
-def take_json(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Where the JSON goes (None: nowhere; STDOUT), and the flags without `--json [FILE]`.
-
-    Raises:
-        UserError: FILE cannot be written.
-    """
-    at = next((index for index, word in enumerate(argv) if word.partition("=")[0] == "--json"), None)
-    if at is None:
-        return None, argv
-    _, equals, target = argv[at].partition("=")
-    rest = argv[at + 1 :]
-    if not equals and rest and not rest[0].startswith("-"):
-        target, rest = rest[0], rest[1:]
-    if not target and equals:
-        raise UserError("--json=: name a file, or leave the = out for standard output")
-    path = Path(target or STDOUT)
-    if target and os.environ.get("RANK", "0") == "0" and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise UserError(f"--json {target}: cannot be written; name a file in a folder that is there and writable")
-    return target or STDOUT, argv[:at] + rest
 
 
 class Outcome:

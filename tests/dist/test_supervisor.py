@@ -5,6 +5,7 @@ Run: pytest tests/dist/test_supervisor.py
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from sft.ranks import exit_code, is_rank, read_exit_codes
+from sft.ranks import exit_code, find_ranks, read_exit_codes
 from tests.dist import stand_in
-from tests.dist.stand_in import OPTIONS, have_begun, launcher_in, processes_in, wait_until
+from tests.dist.stand_in import have_begun, launcher_in, processes_in, wait_until
 
 TERM, USR1, INT, HUP, KILL = (
     signal.SIGTERM,
@@ -130,6 +132,7 @@ def test_every_ending_comes_back(ended, case, code, saved):
         ("Ctrl-C again", "stopped at once, without saving\n"),
         ("before they listen", "stopped: the ranks had not begun, and there is nothing to save\n"),
         ("launcher killed", "error: the launcher was killed and left its ranks\n"),
+        ("killed rank", f"error: rank 1 on {os.uname().nodename} did not leave by itself: killed, out of memory"),
     ],
 )
 def test_the_user_is_told(ended, case, line):
@@ -188,15 +191,24 @@ def test_exit_codes_of_ranks_that_have_written_them(tmp_path):
     assert read_exit_codes(tmp_path) == {0: 75, 12: 0}
 
 
-def test_a_rank_is_known_by_its_command_line():
-    rank = ["python", "-u", "-m", "sft.train", "--local_rank=1", *OPTIONS]
-    assert is_rank(rank, "sft.train", OPTIONS)
-    assert is_rank(["python", "-u", "-m", "sft.train", *OPTIONS], "sft.train", OPTIONS), "torchrun's"
-    assert not is_rank(rank, "sft.doctor", OPTIONS)
-    launch = ["python", "-u", "-m", "deepspeed.launcher.launch", "--module", "sft.train", *OPTIONS]
-    assert not is_rank(launch, "sft.train", OPTIONS)
-    assert not is_rank(["python", "bin/torchrun", "-m", "sft.train", *OPTIONS], "sft.train", OPTIONS)
-    assert not is_rank([*rank, "--out", "other"], "sft.train", OPTIONS)
-    assert not is_rank(rank, "sft.train", [*OPTIONS, "--out", "other"])
-    assert not is_rank([], "sft.train", OPTIONS)
-    assert not is_rank(["vim", *OPTIONS], "sft.train", OPTIONS)
+def test_a_rank_is_known_by_the_folder_of_its_launch(tmp_path):
+    """Not launch.py, which has the folder and no rank; not a rank's own children, nor another launch's ranks."""
+    waiting = "import os, subprocess, sys, time; print(); sys.stdout.flush(); "
+    parent = waiting + "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    base = {name: value for name, value in os.environ.items() if name != "RANK"}
+    ours, others = {"SFT_EXIT_CODES": str(tmp_path)}, {"SFT_EXIT_CODES": str(tmp_path / "other")}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", parent], env={**base, **more}, stdout=subprocess.PIPE)
+        for more in ({**ours, "RANK": "3"}, {**ours, "RANK": "12"}, ours, {**others, "RANK": "3"}, {"RANK": "3"})
+    ]
+    try:
+        for process in processes:
+            process.stdout.readline()
+        found = {process.pid: rank for process, rank in find_ranks(tmp_path).items()}
+        assert found == {processes[0].pid: 3, processes[1].pid: 12}
+    finally:
+        for process in processes:
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            process.kill()
+            process.communicate()
