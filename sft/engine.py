@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -95,28 +94,47 @@ def read_strategy(name: str) -> dict[str, Any]:
     return strategy
 
 
-def start_distributed(
-    arrive_after_s: float = ARRIVE_AFTER_S, asked_to_stop: Callable[[], bool] = lambda: False
-) -> torch.device:
+def start_distributed() -> torch.device:
     """Meet the ranks that the launcher describes (or be a group of one), join, and return this rank's device.
 
     Raises:
-        RankLost, Preempted, UserError: as `sft.rendezvous.meet`.
+        RankLost, UserError: as `sft.rendezvous.meet`, and `join`.
     """
-    return join(meet(arrive_after_s, asked_to_stop))
+    return join(meet(ARRIVE_AFTER_S))
+
+
+def choose_device() -> torch.device:
+    """This rank's device, made the current one.
+
+    Raises:
+        UserError: there are fewer GPUs than ranks on this host, or this one cannot be used.
+    """
+    # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
+    if get_accelerator().device_name() != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        torch.cuda.set_device(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}: cannot use GPU {device.index} of the "
+            f"{torch.cuda.device_count()} that are visible there ({' '.join(str(error).split())[:160]}); compare the "
+            "number of ranks, and look with nvidia-smi"
+        ) from error
+    return device
 
 
 def join(meeting: Meeting) -> torch.device:
-    """Make the process group of ranks that have met; returns this rank's device."""
+    """Make the process group of ranks that have met; returns this rank's device.
+
+    Raises:
+        UserError: no such device; or the hosts do not reach each other over TCP.
+    """
     _prepare_deepspeed()
-    # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
-    on_gpu = get_accelerator().device_name() == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+    device = choose_device()
     try:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             store=meeting.store,
             rank=meeting.rank,
             world_size=meeting.world_size,
@@ -127,7 +145,8 @@ def join(meeting: Meeting) -> torch.device:
             raise
         raise UserError(
             f"rank {meeting.rank} on {os.uname().nodename}: no TCP connection with the others "
-            f"({str(error).splitlines()[0][:160]}); name the network interface in GLOO_SOCKET_IFNAME"
+            f"({str(error).splitlines()[0][:160]}); unless one of them has ended, name the network interface in "
+            "GLOO_SOCKET_IFNAME"
         ) from error
     deepspeed.init_distributed(verbose=False)  # takes the group that is there
     return device

@@ -14,9 +14,8 @@ from pathlib import Path
 from sft.config import RunConfig
 from sft.doctor.options import DoctorConfig, take_json
 from sft.errors import EXIT_CODES_FOLDER, UserError, run_command
-from sft.launch_env import for_pdsh, hand_on
+from sft.launch_env import HOSTS, for_pdsh, hand_on
 from sft.ranks import DOCTOR, MODULES
-from sft.rendezvous import HOSTS
 from sft.run_folder import LAUNCH
 from sft.settings import load
 from sft.ssh import PDSH_OPTIONS, check_hosts, read_hostfile, ssh_options

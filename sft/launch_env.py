@@ -26,6 +26,8 @@ NO_SECRET = ("TOKENIZERS_", "NCCL_")
 ENV_FILE = "DS_ENV_FILE"
 """Names the file of NAME=value lines that DeepSpeed reads instead of .deepspeed_env, at home and in this folder."""
 SECRETS_FILE = "SFT_SECRETS_FILE"
+HOSTS = "SFT_HOSTS"
+"""Of all ranks: `name:ranks,name:ranks`, so that one that never came can be named with its host."""
 NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 

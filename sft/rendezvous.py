@@ -9,13 +9,14 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import psutil
 import torch.distributed as dist
 
 from sft.errors import Preempted, RankLost, UserError
+from sft.launch_env import HOSTS
 from sft.ports import free_port
 from sft.vitals import name_all
 
@@ -25,8 +26,6 @@ HEARD_S = 5.0
 """For the others to read why the meeting ended, before rank 0 ends, and the store with it."""
 VERDICT = "verdict"
 """Key of what came of the meeting; the first rank to write it decides for all."""
-HOSTS = "SFT_HOSTS"
-"""Environment variable of sft.launch: `name:ranks,name:ranks`, so that a rank that never came can be named."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,41 @@ class Meeting:
     places: tuple[Place, ...]
     """By rank."""
 
+    def on_first_rank(self, name: str, work: Callable[[], None]) -> None:
+        """Rank 0 does `work`, named once and for all; its UserError is everyone's. Collective.
+
+        Raises:
+            UserError: rank 0's.
+            RankLost: rank 0 is gone.
+        """
+        reason = ""
+        if self.rank == 0:
+            try:
+                work()
+            except UserError as error:
+                reason = str(error)
+            self.store.set(f"work/{name}", reason)
+        try:
+            reason = self.store.get(f"work/{name}").decode()
+        except dist.DistError as error:
+            raise RankLost(f"{_me(self.rank)}: lost rank 0 at the start; start again to resume") from error
+        if self.rank == 0 and reason:
+            self._wait_for_readers(name)
+        elif reason:
+            self.store.add(f"read/{name}", 1)
+        if reason:
+            raise UserError(reason)
+
+    def _wait_for_readers(self, name: str) -> None:
+        """The store ends with rank 0."""
+        until_s = time.monotonic() + HEARD_S
+        while self.store.add(f"read/{name}", 0) < self.world_size - 1 and time.monotonic() < until_s:
+            time.sleep(LOOK_S)
+
     @property
     def hosts(self) -> list[str]:
-        """Names of the hosts, each once, in the order of their ranks."""
-        return list(dict.fromkeys(place.host for place in self.places))
+        """Names of the hosts in the order of their ranks; where two have one name, their addresses tell them apart."""
+        return [place.host for place in dict.fromkeys(self.places)]
 
 
 def meet(arrive_after_s: float, asked_to_stop: Callable[[], bool] = lambda: False) -> Meeting:
@@ -69,16 +99,21 @@ def meet(arrive_after_s: float, asked_to_stop: Callable[[], bool] = lambda: Fals
         RankLost: ranks did not come, or left again; names them, and their hosts where sft.launch told them. Or the run
             that is met had this rank already.
         Preempted: this rank, or one that is here, was asked to stop.
-        UserError: the port is taken.
+        UserError: the port is taken, or torchrun would restart ranks.
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError(
+            "torchrun --max-restarts: ranks cannot be restarted below a living launcher; use 0, run it again"
+        )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deadline_s = time.monotonic() + arrive_after_s
     try:
         store = _open_store(rank, deadline_s, arrive_after_s, asked_to_stop)
         _check_in(store, rank, world_size, deadline_s, arrive_after_s, asked_to_stop)
-        places = tuple(Place(**json.loads(store.get(f"place/{other}"))) for other in range(world_size))
+        texts = store.multi_get([f"place/{other}" for other in range(world_size)])
+        places = tuple(Place(**json.loads(text)) for text in texts)
     except dist.DistError as error:
         raise RankLost(f"{_me(rank)}: lost rank 0 while the ranks were meeting; start again to resume") from error
     meeting = Meeting(rank, world_size, store, places)
@@ -89,8 +124,9 @@ def meet(arrive_after_s: float, asked_to_stop: Callable[[], bool] = lambda: Fals
 
 def name_interface(places: tuple[Place, ...], rank: int) -> None:
     """Set GLOO_SOCKET_IFNAME to the interface on the way to the other hosts, if there is one."""
-    targets = [place.address for place in places if place.host != places[rank].host]
-    address = next((own for target in targets if not _is_loopback(own := _own_address(target))), None)
+    targets = [place.address for place in places if place != places[rank]]
+    ways = [*(_own_address(target) for target in targets), places[rank].address]
+    address = next((own for own in ways if not _is_loopback(own)), None)
     for interface, addresses in psutil.net_if_addrs().items():
         if address in [entry.address.partition("%")[0] for entry in addresses]:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
@@ -130,8 +166,7 @@ def _open_store(rank: int, deadline_s: float, arrive_after_s: float, asked_to_st
                 f"choose another MASTER_PORT ({' '.join(str(error).split())[:160]})"
             ) from None
         raise
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"sft/{attempt}", store)
+    return dist.PrefixStore("sft", store)
 
 
 def _await_port(
@@ -169,8 +204,8 @@ def _check_in(
             f"{_me(rank)}: at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} is a run that already had a rank "
             f"{rank}: another run, which needs another MASTER_PORT, or this one's remains, which end soon; start again"
         )
-    place = {"host": os.uname().nodename, "address": _own_address(os.environ["MASTER_ADDR"])}
-    store.set(f"place/{rank}", json.dumps(place))
+    place = Place(os.uname().nodename, _own_address(os.environ["MASTER_ADDR"]))
+    store.set(f"place/{rank}", json.dumps(asdict(place)))
     if store.add("arrived", 1) == world_size:
         store.compare_set(VERDICT, "", "met")
     while not store.check([VERDICT]):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sft import checkpoint, probe, resume, rollback
 from sft.config import RunConfig
-from sft.engine import Numerics, build_engine, choose_numerics, dtype_table, start_distributed
+from sft.engine import Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
 from sft.errors import GateFailed, GuardStop, Preempted
 from sft.guard import Guard, Spike
 from sft.hf_folder import prove_export
@@ -21,6 +21,7 @@ from sft.isolation import prove_isolation
 from sft.launch_env import drop_secrets
 from sft.metrics import Recorder
 from sft.preemption import StopRequest
+from sft.rendezvous import Meeting, meet
 from sft.run_folder import await_config, lock, run_folder, write_config
 from sft.saver import Saver
 from sft.signals import Inbox
@@ -51,13 +52,16 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
-    device = start_distributed(config.guard.arrive_after_s, lambda: inbox.received is not None)
-    is_first = dist.get_rank() == 0
+    numerics = choose_numerics(config, choose_device(), inputs.model_config["model_type"])
+    meeting = meet(config.guard.arrive_after_s, lambda: inbox.received is not None)
+    is_first = meeting.rank == 0
     if is_first:
         drop_secrets()
-    numerics = choose_numerics(config, device, inputs.model_config["model_type"])
-    resume.on_first_rank(lambda: lock(out))
-    with Recorder(config, out, is_first, inputs.total_steps) as recorder, watch_over(config, out, recorder) as watch:
+    meeting.on_first_rank("lock", lambda: lock(out))
+    recorder = Recorder(config, out, is_first, inputs.total_steps)
+    with recorder, watch_over(meeting, config, out, recorder) as watch:
+        watch.mark("connecting", 0)
+        join(meeting)
         watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
         newest = undamaged(config, inputs, recorder)
         recorder.step = checkpoint.step_of(newest)
@@ -220,11 +224,13 @@ def leave(run: Run, step: int, over_budget: str | None) -> None:
     run.recorder.event("finish" if step == run.inputs.total_steps else "stop", step)
 
 
-def watch_over(config: RunConfig, out: Path, recorder: Recorder) -> Watchdog:
+def watch_over(meeting: Meeting, config: RunConfig, out: Path, recorder: Recorder) -> Watchdog:
     """The watchdog of this run."""
-    limits = config.guard
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Watchdog(rank, world_size, limits.lost_after_s, limits.hang_after_s, recorder.last_words, out / "stacks")
+    lost_after_s, hang_after_s = config.guard.lost_after_s, config.guard.hang_after_s
+    stacks = out / "stacks"
+    return Watchdog(
+        meeting.rank, meeting.world_size, lost_after_s, hang_after_s, recorder.last_words, stacks, meeting.store
+    )
 
 
 def ends_at_s(max_hours: float | None) -> float | None:

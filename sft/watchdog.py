@@ -50,15 +50,16 @@ LEAVE_S = 15.0
 
 
 class Watchdog:
-    """Context manager around training, on every rank; once per process group.
+    """Context manager around training, on every rank, from the meeting on; once per meeting.
 
     Args:
-        rank, world_size: of the default process group, whose store must be a TCPStore (every launcher's is).
+        rank, world_size: of all ranks.
         lost_after_s: a rank without a sign of life for this long is lost.
         hang_after_s: a rank that lives but calls no `mark` for this long hangs.
         record: writes a reason to events.jsonl; called on the lowest rank that is left, before it leaves. Where rank 0
             is lost, nobody can ask who else is: then on the lowest left of rank 0's host and the lowest of all others.
         stacks: folder for the stacks of ranks that hang, rank-00003.txt.
+        store: of the meeting; a TCPStore below its prefixes.
 
     Every rank must call `mark` in the same order with the same phases: the one with the fewest calls is behind.
     """
@@ -71,7 +72,9 @@ class Watchdog:
         hang_after_s: float,
         record: Callable[[str], None],
         stacks: Path,
+        store: dist.Store,
     ) -> None:
+        self._meeting_store = store
         self._rank, self._world_size = rank, world_size
         self._lost_after_s, self._hang_after_s = lost_after_s, hang_after_s
         self._interval_s = min(LONGEST_INTERVAL_S, lost_after_s / 6)
@@ -97,7 +100,7 @@ class Watchdog:
         Raises:
             RankLost: ranks did not come within hang_after_s.
         """
-        self._store = _own_connection(timedelta(seconds=self._hang_after_s + 60))
+        self._store = _own_connection(self._meeting_store, timedelta(seconds=self._hang_after_s + 60))
         self._put_beat()
         try:
             self._members = self._meet()
@@ -385,9 +388,8 @@ def is_failed_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error))
 
 
-def _own_connection(timeout: timedelta) -> dist.Store:
-    """To the store of the default group: on a shared one, the main thread's waiting calls would hold up ours."""
-    store = dist.distributed_c10d._get_default_store()
+def _own_connection(store: dist.Store, timeout: timedelta) -> dist.Store:
+    """To the same store: on a shared connection, the main thread's waiting calls would hold up ours."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.TCPStore), f"a TCPStore is needed, not {type(store).__name__}"
