@@ -35,6 +35,7 @@ from sft.signals import Inbox
 from sft.step import Run, train_step
 from sft.training import start_up, watch_over
 from tests import tiny
+from tests.dist.forked import set_rank
 from tests.dist.training import SETTINGS
 
 CASES = {"zero3-fp32": (3, "fp32"), "zero2-fp32": (2, "fp32"), "zero3-bf16": (3, "bf16"), "zero2-bf16": (2, "bf16")}
@@ -106,8 +107,7 @@ def fork_all(runs: list[tuple[str, int, bool]], folder: Path, data: Path) -> Non
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                set_rank(rank, world_size, port)
                 run_rank(lambda _, case=case, is_first=is_first: run_case(case, folder, data, is_first))
             pids.append(pid)
     if any([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]):

@@ -27,6 +27,7 @@ from sft.errors import run_rank
 from sft.model import PackedCausalLM
 from sft.ports import free_port
 from sft.train import main as train
+from tests.dist.forked import set_rank
 from tests.dist.watchdog_worker import append, send
 
 
@@ -79,8 +80,7 @@ def flip(saved: Path) -> None:
 
 def become_rank(run: dict[str, Any], rank: int, port: str, folder: Path) -> None:
     """Make this forked process a rank with its own output."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["ranks"]))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    set_rank(rank, run["ranks"], port)
     for descriptor, kind in ((1, "out"), (2, "err")):
         stream = os.open(folder / f"{run['name']}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(stream, descriptor)

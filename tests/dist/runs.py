@@ -1,7 +1,6 @@
 """Plans of training runs for tests.dist.run_worker, and what came of them."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from data_prep.shards import open_shards
 from sft.checkpoint import Pieces, read_meta, step_folder
 from sft.zero_state import STATES
 from tests import tiny
+from tests.dist import forked
 from tests.dist.training import metrics
 
 
@@ -21,7 +21,7 @@ class Runs:
         self.folder = folder
         text = folder / "plan.json"
         text.write_text(json.dumps(plan, default=str))
-        done = tiny.run([sys.executable, "-m", "tests.dist.run_worker", str(text), str(folder)], timeout_s)
+        done = forked.run("tests.dist.run_worker", str(text), str(folder), timeout_s=timeout_s)
         assert done.returncode == 0, done.stdout + done.stderr
         self.ends: dict[str, list[int]] = {}
         for line in tiny.read_jsonl(folder / "ends.jsonl"):

@@ -3,14 +3,13 @@
 Run: pytest tests/dist/test_checkpoint_faults.py
 """
 
-import resource
 import shutil
-import sys
 
 import pytest
 
 from sft import checkpoint
 from tests import tiny
+from tests.dist import forked
 from tests.dist.training import SETTINGS, largest_difference, weights
 
 pytestmark = pytest.mark.dist
@@ -23,12 +22,7 @@ def train_alone(out, model, data, strategy, largest_file=None, **options):
     settings = {**SETTINGS, "model.path": model, "data.train": data / "train", "deepspeed": strategy, "out": out}
     settings |= {name.replace("__", "."): value for name, value in {**OPTIONS, **options}.items()}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-
-    return tiny.run([sys.executable, "-m", "sft.train", *flags], preexec_fn=limit)
+    return forked.run("sft.train", *flags, largest_file=largest_file)
 
 
 def events(out, kind):

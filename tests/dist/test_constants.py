@@ -1,8 +1,6 @@
 """Frozen parameters, persistent buffers, and parameters smaller than the number of ranks: saved, loaded, exported.
 Run: pytest tests/dist/test_constants.py (all cases at once; see constants_worker)"""
 
-import sys
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,7 +10,7 @@ from transformers.models.llama import modeling_llama
 from sft.checkpoint import Pieces, newest_complete, rank_file, read_meta
 from sft.hf_folder import export_checkpoint
 from sft.zero_state import STATES
-from tests import tiny
+from tests.dist import forked
 from tests.dist.constants_worker import BUFFERS, CASES, FROZEN, LOADED_ON, SAVED_ON, Norm
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
@@ -24,8 +22,7 @@ FROZEN_NAMES = {"model.embed_tokens.weight", *(f"{FROZEN[1]}{name}" for name in 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, prepared):
     folder = tmp_path_factory.mktemp("constants")
-    worker = [sys.executable, "-m", "tests.dist.constants_worker", str(folder), str(prepared)]
-    done = tiny.run(worker, timeout_s=400)
+    done = forked.run("tests.dist.constants_worker", str(folder), str(prepared), timeout_s=400)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

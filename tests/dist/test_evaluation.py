@@ -9,6 +9,7 @@ import pytest
 from sft.eval import drift
 from sft.ports import free_port
 from tests import tiny
+from tests.dist import forked
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -38,7 +39,7 @@ def world(tmp_path_factory, prepared):
     ]
     plan[2]["flags"][-1] = str(folder / "replicas")  # holds results of other settings by then
     (folder / "plan.json").write_text(json.dumps(plan))
-    done = tiny.run_module(2, "tests.dist.evaluation_worker", str(folder))
+    done = forked.run_ranks(2, "tests.dist.evaluation_worker", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     drift.main([*both, "--out", str(folder / "alone")])
     ends = [json.loads((folder / f"ends-{rank}.json").read_text()) for rank in range(2)]

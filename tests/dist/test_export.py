@@ -14,6 +14,7 @@ from sft.errors import UserError
 from sft.export import main as export_main
 from sft.hf_folder import export_checkpoint
 from tests import tiny
+from tests.dist import forked
 from tests.dist.training import train, weights
 
 pytestmark = pytest.mark.dist
@@ -26,7 +27,7 @@ def trained(request, tmp_path_factory, prepared, strategy):
     base = tiny.make_model(folder / "base", tie_word_embeddings=request.param)
     flags = {"model.path": base, "data.train": prepared / "train", "deepspeed": strategy, "out": folder / "run",
              "batch.rows_per_step": 4, "optim.lr": 0.01, "model.precision": "fp32", "track.wandb": "off"}  # fmt: skip
-    done = tiny.run_module(
+    done = forked.run_ranks(
         2, "tests.dist.export_worker", *[text for key, value in flags.items() for text in (f"--{key}", str(value))]
     )
     assert done.returncode == 0, done.stdout + done.stderr

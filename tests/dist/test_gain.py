@@ -10,6 +10,7 @@ import torch
 
 from sft.eval.ranks import Ranks
 from tests import tiny
+from tests.dist import forked
 from tests.dist.gain_worker import PROMPTS, measure
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
@@ -19,7 +20,7 @@ def test_two_ranks_give_what_one_gives(prepared, tmp_path):
     # wide enough that ZeRO-3 spreads its matrices: it keeps those below 100,000 elements on each rank
     model = str(tiny.make_model(tmp_path / "model", hidden_size=320, intermediate_size=320, initializer_range=0.1))
     shards = str(prepared / "heldout")
-    done = tiny.run_module(2, "tests.dist.gain_worker", model, shards, str(tmp_path))
+    done = forked.run_ranks(2, "tests.dist.gain_worker", model, shards, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     alone = measure(model, shards, "replicas", Ranks(0, 1, torch.device("cpu")))
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}

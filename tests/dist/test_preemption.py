@@ -5,7 +5,6 @@ Run: pytest tests/dist/test_preemption.py. All cases run at once; see preempt_wo
 
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from sft.checkpoint import check_undamaged, newest_complete, read_meta
 from sft.errors import EXIT_PREEMPTED, EXIT_RANK_LOST
 from tests import tiny
+from tests.dist import forked
 from tests.dist.preempt_worker import CASES
 from tests.dist.training import SETTINGS, metrics
 
@@ -37,8 +37,7 @@ def stopped(tmp_path_factory, base_model, prepared, strategy):
 
 
 def run_cases(folder, turn, flags):
-    command = [sys.executable, "-m", "tests.dist.preempt_worker", str(folder), turn, *flags]
-    done = tiny.run(command, timeout_s=500)
+    done = forked.run("tests.dist.preempt_worker", str(folder), turn, *flags, timeout_s=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -4,11 +4,10 @@ Run: pytest tests/dist/test_universal_checkpoint.py. One process: a group of one
 """
 
 import json
-import sys
 
 import pytest
 
-from tests import tiny
+from tests.dist import forked
 
 pytestmark = pytest.mark.dist
 
@@ -27,8 +26,7 @@ def told(tmp_path_factory, base_model, prepared, strategy):
         "optim.weight_decay": WEIGHT_DECAY, "track.wandb": "off",
     }  # fmt: skip
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "tests.dist.universal_worker", str(out), str(UPDATES), json.dumps(RATES), *flags]
-    done = tiny.run(command)
+    done = forked.run("tests.dist.universal_worker", str(out), str(UPDATES), json.dumps(RATES), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "told.json").read_text())
 

@@ -17,6 +17,7 @@ from sft.optim import parameter_groups
 from sft.order import FILLER, step_rows
 from sft.schedule import lr_at
 from tests import tiny
+from tests.dist import forked
 
 SETTINGS = {
     "batch.rows_per_step": 8,
@@ -30,11 +31,11 @@ SETTINGS = {
 
 
 def train(out: Path, model: Path, data: Path, strategy: Path, ranks: int, expect: int = 0, **options: object):
-    """Run sft.train through the deepspeed launcher; returns the finished process."""
+    """Run sft.train on real ranks; returns the finished process."""
     settings = {**SETTINGS, "model.path": model, "data.train": data / "train", "deepspeed": strategy, "out": out}
     settings |= {name.replace("__", "."): value for name, value in options.items()}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    done = tiny.run_module(ranks, "sft.train", *flags)
+    done = forked.run_ranks(ranks, "sft.train", *flags)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -152,7 +153,7 @@ def run_cases(folder: Path, ranks: int, cases: list[dict[str, Any]], timeout_s: 
     out.mkdir()
     plan = out / "plan.json"
     plan.write_text(json.dumps(cases))
-    done = tiny.run_module(ranks, "tests.dist.contract_worker", str(plan), str(out), timeout_s=timeout_s)
+    done = forked.run_ranks(ranks, "tests.dist.contract_worker", str(plan), str(out), timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return {case["name"]: Trained(out / case["name"]) for case in cases}
 

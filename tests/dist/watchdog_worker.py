@@ -25,6 +25,7 @@ from sft.errors import Preempted, UserError, run_rank
 from sft.ports import free_port
 from sft.vitals import this_member
 from sft.watchdog import Watchdog
+from tests.dist.forked import set_rank
 
 STEPS = 4
 BAD_STEP = 3
@@ -57,7 +58,8 @@ def train(case: str, folder: Path, lost_after_s: float, hang_after_s: float) -> 
         return
     if case.startswith("broken_"):  # the wait for a verdict that never comes, made short
         sft.watchdog.LEAVE_S, hang_after_s = 1.0, 60.0
-    watchdog = Watchdog(rank, dist.get_world_size(), lost_after_s, hang_after_s, record, folder / "stacks")
+    store = dist.distributed_c10d._get_default_store()
+    watchdog = Watchdog(rank, dist.get_world_size(), lost_after_s, hang_after_s, record, folder / "stacks", store)
     with contextlib.nullcontext() if case.startswith("blind_") else watchdog:
         for step in range(1, STEPS + 1):
             watchdog.mark("forward", step)
@@ -141,9 +143,9 @@ def send(number: signal.Signals, pids: list[int]) -> None:
 
 def become_rank(rank: int, world_size: int, port: str, folder: Path) -> None:
     """Make this forked process a rank with its own standard error."""
-    local_rank = 0 if folder.name.startswith("far_") else rank
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    set_rank(rank, world_size, port)
+    if folder.name.startswith("far_"):
+        os.environ.update(LOCAL_RANK="0", LOCAL_SIZE="1")
     stream = os.open(folder / f"rank-{rank}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(stream, 2)
 
