@@ -62,12 +62,21 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
     Hosts that do not answer are told before anything starts; variables and secrets reach the ranks (sft.launch_env);
     options survive two shells; a silent ssh connection ends.
     """
-    here = str(Path.cwd())
-    if not re.fullmatch(r"[\w@+=:,./-]+", here):
-        raise UserError(f"{here}: DeepSpeed cannot start ranks in a folder with such a name; use one without spaces")
+    for path in (str(Path.cwd()), sys.executable):
+        if not re.fullmatch(r"[\w@+=:,./-]+", path):
+            raise UserError(
+                f"{path}: DeepSpeed cannot start ranks in a folder with such a name; use one without spaces"
+            )
+    if shutil.which("pdsh") is None:
+        raise UserError(
+            "pdsh: no such command on this host, and DeepSpeed starts the ranks of others with it; install it"
+        )
+    if "--hostfile" not in command[:-1]:
+        raise UserError(f"sft.launch: {BY_SSH} needs --hostfile FILE before --module")
     hostfile = Path(command[command.index("--hostfile") + 1])
     hosts = read_hostfile(hostfile)
-    address = os.environ.get("MASTER_ADDR") or check_hosts(hosts, hostfile)
+    own = check_hosts(hosts, hostfile)
+    address = os.environ.get("MASTER_ADDR") or own
     out = Path(config.out)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +93,7 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
             {**hand_on(environment, folder), PDSH_OPTIONS: ssh_options()},
             codes,
             config.guard.lost_after_s,
-            list(hosts),
+            hosts,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ killed itself; torchrun says 1. So each rank writes its own (`sft.errors.leave`)
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sft.errors import (
     EXIT_PREEMPTED,
     EXIT_RANK_LOST,
 )
+from sft.run_folder import VISIBLE_AFTER_S
 from sft.signals import SIGNALS
 
 TRAINER = "sft.train"
@@ -76,6 +78,18 @@ def read_exit_codes(folder: Path) -> dict[int, int]:
     return codes
 
 
+def await_exit_codes(folder: Path, num_ranks: int) -> dict[int, int]:
+    """Those of all ranks, or one that is no 0; other hosts' may take a while to show on a network file system."""
+    deadline_s = time.monotonic() + VISIBLE_AFTER_S
+    while len(codes := read_exit_codes(folder)) < num_ranks and not any(codes.values()):
+        if time.monotonic() > deadline_s:
+            break
+        (folder / "look").touch()  # a change of one's own makes such a system read the folder again
+        (folder / "look").unlink()
+        time.sleep(0.5)
+    return codes
+
+
 def exit_code(launcher: int, codes: Mapping[int, int]) -> int:
     """How a run ended (table in sft.errors): by its ranks' own codes, or by the launcher's where they left none.
 
@@ -87,6 +101,8 @@ def exit_code(launcher: int, codes: Mapping[int, int]) -> int:
         return told
     if launcher == 0:
         return 0 if codes else 1
+    if launcher == 255:  # ssh's own failure
+        return 1
     if launcher > 192:  # launch.py leaves with the negative signal number of its rank, modulo 256
         launcher -= 256
     return launcher if launcher > 0 else 128 - launcher

@@ -18,7 +18,7 @@ ALIVE_S = 15
 OPTIONS = f"-o BatchMode=yes -o ConnectTimeout={CONNECT_S} -o ServerAliveInterval={ALIVE_S} -o ServerAliveCountMax=3"
 PDSH_OPTIONS = "PDSH_SSH_ARGS_APPEND"
 """Environment variable of pdsh: options for every ssh that it starts. The user's own come first, and win."""
-LINE = re.compile(r"(?P<name>[^\s=#]+)\s+slots\s*=\s*(?P<slots>\d+)")
+LINE = re.compile(r"(?P<name>[^\s=#]+)\s+slots=(?P<slots>\d+)")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from sft.errors import EXIT_BAD_INPUT, EXIT_CODES_FOLDER, EXIT_PREEMPTED
-from sft.ranks import TRAINER, exit_code, find_ranks, listens, read_exit_codes, send
+from sft.ranks import TRAINER, await_exit_codes, exit_code, find_ranks, listens, read_exit_codes, send
 from sft.signals import SIGNALS
 from sft.ssh import on_hosts
 from sft.vitals import name_all
@@ -32,7 +32,7 @@ BROADCAST = (signal.SIGUSR1, signal.SIGHUP)
 APART_S = 2.0
 """One wish can arrive as two signals: Slurm may send SIGTERM to tasks and to the script, which passes it on to them."""
 LOOK_S = 0.2
-SURVEY_S = 3.0
+SURVEY_S = 1.0
 """Between two looks at who the ranks of this host are."""
 REMOTE_S = 30.0
 """For a signal to reach the ranks of other hosts over ssh, and between two attempts."""
@@ -57,8 +57,8 @@ class Job:
     that all of them see."""
     lost_after_s: float = 60.0
     """guard.lost_after_s of the run."""
-    hosts: Sequence[str] = field(default=())
-    """Where ranks are started through ssh: their hosts."""
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    """Where ranks are started through ssh: how many on each host."""
 
 
 def supervise(job: Job, say: Callable[[str], None]) -> int:
@@ -86,7 +86,7 @@ def supervise(job: Job, say: Callable[[str], None]) -> int:
     code = exit_code(course.launched.returncode, read_exit_codes(job.exit_codes))
     if killed := course.killed():
         who = name_all([f"rank {rank}" for rank in killed])
-        _tell(say, f"error: {who} on {os.uname().nodename} did not leave by itself: killed, out of memory perhaps")
+        _tell(say, f"error: {who} on {os.uname().nodename} ended without a word: killed, out of memory perhaps")
     if code == 1 and course.launched.returncode == 0:
         _tell(say, "error: the ranks ended before the last step; see their output above")
     if code > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
@@ -109,7 +109,7 @@ class _Course:
         self._seen: set[int] = set()
         self._looked_s = time.monotonic()
         self._first_left_s: float | None = None
-        self._asked_remotely_s = float("-inf")
+        self._asked_s, self._reached = float("-inf"), 0
 
     def note_what_happened(self) -> None:
         """Ranks that are here or have left; and a launcher that was killed: then its ranks are asked to save."""
@@ -131,7 +131,7 @@ class _Course:
             return False
         who = _who_left(self._codes)
         _tell(self._say, f"error: {who}, but the launcher or other ranks did not end in {patience_s:.0f} s: killed")
-        _end(self._job, self.launched, set(self.ranks()))
+        _end(self._job, self.launched, set(self.ranks()), self._say)
         return True
 
     def answer(self) -> int | None:
@@ -141,19 +141,19 @@ class _Course:
         self._had_begun = self._had_begun or bool(ready or self._codes)
         if _insists(self.requests) or job.module != TRAINER:
             _tell(self._say, "stopped at once, without saving" if job.module == TRAINER else "stopped")
-            _end(job, self.launched, ranks)
+            _end(job, self.launched, ranks, self._say)
             return 1 if self._lost else 128 + self.requests[-1][0]
         if self._told is None and not self._had_begun and not job.hosts:
             _tell(self._say, "stopped: the ranks had not begun, and there is nothing to save")
-            _end(job, self.launched, ranks)
+            _end(job, self.launched, ranks, self._say)
             return 1 if self._lost else EXIT_PREEMPTED
         if self._told is None:
             once_more = "; once more to stop at once without saving" if first in TWICE_ENDS else ""
             _tell(self._say, f"{signal.Signals(first).name}: saving, then stopping{once_more}")
         self._told = (self._told or set()) | send(first, ready - (self._told or set()))
-        if job.hosts and not self._told and time.monotonic() > self._asked_remotely_s + REMOTE_S:
-            self._asked_remotely_s = time.monotonic()
-            _signal_remotely(job, first)
+        if job.hosts and not self._reached and not self._told and time.monotonic() > self._asked_s + REMOTE_S:
+            self._asked_s = time.monotonic()
+            self._reached = _signal_remotely(job, first, self._say)
         return None
 
     def killed(self) -> list[int]:
@@ -161,10 +161,13 @@ class _Course:
         return sorted(self._seen - set(read_exit_codes(self._job.exit_codes)) - set(self.ranks().values()))
 
     def ask_those_left_behind(self) -> None:
-        """Where the launcher of several hosts was killed, and none of its ranks runs here."""
-        if self._job.hosts and self.launched.poll() is not None and self.launched.returncode < 0 and not self.requests:
-            _tell(self._say, "error: the launcher was killed; the ranks of the other hosts are asked to save and leave")
-            _signal_remotely(self._job, signal.SIGTERM)
+        """Where the launcher of several hosts is gone (pdsh or its ssh was killed), and its ranks are perhaps not."""
+        if not self._job.hosts or self.requests:
+            return
+        codes = await_exit_codes(self._job.exit_codes, sum(self._job.hosts.values()))
+        if not any(codes.values()) and len(codes) < sum(self._job.hosts.values()):
+            _tell(self._say, "error: the launcher has ended without its ranks; those that are left are asked to save")
+            _signal_remotely(self._job, signal.SIGTERM, self._say)
 
 
 def _start(job: Job, requests: list[tuple[int, float]]) -> "subprocess.Popen[bytes]":
@@ -173,15 +176,21 @@ def _start(job: Job, requests: list[tuple[int, float]]) -> "subprocess.Popen[byt
     def receive(number: int, _frame: object) -> None:
         requests.append((number, time.monotonic()))
 
-    for number in BROADCAST:  # children inherit what is ignored, until they take a signal over themselves
-        signal.signal(number, signal.SIG_IGN)
+    def ignore_broadcast() -> None:  # children inherit what is ignored, until they take a signal over themselves
+        for number in BROADCAST:
+            signal.signal(number, signal.SIG_IGN)
+
+    for number in SIGNALS:
+        signal.signal(number, receive)
     # Kubeflow gives a pod a RANK, which would make every process below it look like a rank
     environment = {name: value for name, value in job.environment.items() if name != "RANK"}
     environment[EXIT_CODES_FOLDER] = str(job.exit_codes.absolute())
-    launched = subprocess.Popen(job.command, env=environment, start_new_session=True)
-    for number in SIGNALS:
-        signal.signal(number, receive)
-    return launched
+    return subprocess.Popen(
+        job.command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=ignore_broadcast,  # noqa: PLW1509 - no threads
+    )
 
 
 def _patience_s(job: Job, codes: Mapping[int, int]) -> float:
@@ -197,6 +206,9 @@ def _who_left(codes: Mapping[int, int]) -> str:
 
 
 def _insists(requests: Sequence[tuple[int, float]]) -> bool:
+    """Not under Slurm, which sends SIGTERM when a job is preempted, and again when its grace time is over."""
+    if "SLURM_STEP_ID" in os.environ:
+        return False
     times_s = [at_s for number, at_s in requests if number in TWICE_ENDS]
     return len(times_s) > 1 and times_s[-1] - times_s[0] >= APART_S
 
@@ -206,18 +218,26 @@ def _tell(say: Callable[[str], None], line: str) -> None:
         say(line)
 
 
-def _signal_remotely(job: Job, number: int) -> None:
-    """To the ranks of all hosts. One of them would do for a save, but any host may be the one that does not answer."""
+def _signal_remotely(job: Job, number: int, say: Callable[[str], None]) -> int:
+    """To the ranks of all hosts; returns how many were reached.
+
+    One of them would do for a save, but any host may be the one that does not answer.
+    """
     command = [sys.executable, "-m", "sft.signal_ranks", str(int(number)), str(job.exit_codes.absolute())]
-    on_hosts(job.hosts, command, REMOTE_S)
+    answers = on_hosts(list(job.hosts), command, REMOTE_S)
+    for host, (code, text) in answers.items():
+        if code != 0:
+            name = signal.Signals(number).name
+            _tell(say, f"error: {host}: could not pass {name} on: {' '.join(text.split())[:200] or code}")
+    return sum(int(text.split()[-1]) for code, text in answers.values() if code == 0)
 
 
-def _end(job: Job, launched: "subprocess.Popen[bytes]", ranks: set[psutil.Process]) -> None:
+def _end(job: Job, launched: "subprocess.Popen[bytes]", ranks: set[psutil.Process], say: Callable[[str], None]) -> None:
     """Kill everything, here and on the other hosts; with the launcher first, which would start its own kind of end."""
     _kill_group(launched)
     send(signal.SIGKILL, ranks)
     if job.hosts:
-        _signal_remotely(job, signal.SIGKILL)
+        _signal_remotely(job, signal.SIGKILL, say)
     launched.wait()
 
 

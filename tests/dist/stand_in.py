@@ -24,8 +24,8 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 # listens: takes the signals; save_s: per rank; end: rank -> exit code, or a signal's negative number to die of;
-# event: what rank 0 writes before it ends without having been asked
-plan = {"listens": True, "save_s": [0, 0], "end": {}, "event": None, **json.loads(os.environ["PLAN"])}
+# after_s: that comes so late; event: what rank 0 writes before it ends without having been asked
+plan = {"listens": True, "save_s": [0, 0], "end": {}, "after_s": 0, "event": None, **json.loads(os.environ["PLAN"])}
 rank = int(os.environ["RANK"])
 received = []
 
@@ -55,6 +55,7 @@ if received:
     record("preempt")
     Path(f"rank{rank}.saved").touch()
     leave(75)
+time.sleep(plan["after_s"])
 if plan["event"]:
     record(plan["event"])
 code = plan["end"][str(rank)]

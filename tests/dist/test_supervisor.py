@@ -71,7 +71,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[subprocess.Popen, Path], None]]
     "launcher killed early": ({"listens": False}, to_launcher(KILL)),
     "launcher terminated": ({"save_s": [2, 2]}, to_launcher(TERM)),
     "guard": ({"end": {"0": 4, "1": 4}, "event": "guard_stop"}, nothing),
-    "killed rank": ({"listens": False, "end": {"1": -9}}, nothing),
+    "killed rank": ({"listens": False, "end": {"1": -9}, "after_s": 4}, nothing),
     "finished": ({"end": {"0": 0, "1": 0}, "event": "finish"}, nothing),
 }
 
@@ -132,7 +132,7 @@ def test_every_ending_comes_back(ended, case, code, saved):
         ("Ctrl-C again", "stopped at once, without saving\n"),
         ("before they listen", "stopped: the ranks had not begun, and there is nothing to save\n"),
         ("launcher killed", "error: the launcher was killed and left its ranks\n"),
-        ("killed rank", f"error: rank 1 on {os.uname().nodename} did not leave by itself: killed, out of memory"),
+        ("killed rank", f" on {os.uname().nodename} ended without a word: killed, out of memory"),
     ],
 )
 def test_the_user_is_told(ended, case, line):
@@ -175,6 +175,7 @@ def test_control_what_a_bare_deepspeed_makes_of_it(tmp_path):
         (247, {}, 137),
         (247, {0: 0}, 137),
         (241, {}, 143),
+        (255, {}, 1),  # ssh's own failure
         (-9, {}, 137),
         (-15, {0: 75}, 75),
         (130, {}, 130),

@@ -27,7 +27,7 @@ def fake_ssh(tmp_path, monkeypatch):
 
 def test_hostfile(tmp_path):
     path = tmp_path / "hosts"
-    path.write_text("# cluster\n\nn1 slots=8\nuser@n2   slots = 4  # half\n")
+    path.write_text("# cluster\n\nn1 slots=8\nuser@n2   slots=4  # half\n")
     assert ssh.read_hostfile(path) == {"n1": 8, "user@n2": 4}
 
 
@@ -36,6 +36,7 @@ def test_hostfile(tmp_path):
     [
         ("n1\n", r"line 1: 'n1' is not `name slots=8`"),
         ("n1 slots=8\nn2 slots=x\n", r"line 2: 'n2 slots=x' is not"),
+        ("n1 slots = 8\n", r"line 1: 'n1 slots = 8' is not"),  # DeepSpeed takes no spaces there
         ("n1 slots=0\n", r"line 1: 'n1 slots=0' is not"),
         ("n1 slots=8\nn1 slots=8\n", r"line 2: n1 stands there twice"),
         ("# nothing\n", r"names no host"),
