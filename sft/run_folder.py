@@ -12,6 +12,8 @@ from sft.settings import to_yaml
 LOCK = "lock"
 LAUNCH = "launch-"
 """Beginning of the names of folders that launchers of several hosts keep here while they are at work."""
+DOCTOR = ".sft-doctor-"
+"""Beginning of the names of files that `sft doctor` writes here; one that was killed leaves them behind."""
 VISIBLE_AFTER_S = 90.0
 """A network file system may remember for this long that a folder did not exist."""
 
@@ -29,7 +31,7 @@ def run_folder(config: RunConfig) -> Path:
     if (
         out.is_dir()
         and not is_run
-        and any(path.name != LOCK and not path.name.startswith(LAUNCH) for path in out.iterdir())
+        and any(path.name != LOCK and not path.name.startswith((LAUNCH, DOCTOR)) for path in out.iterdir())
     ):
         raise UserError(f"--out {out}: exists and is no run folder; choose another")
     return out

@@ -118,9 +118,11 @@ def _wait(group: Group, key: str, awaited: int, limit_s: float) -> None:
     """In C++, which notices at once: a loop that polls would add its pause to every trip."""
     try:
         group.meeting.store.wait([key], timedelta(seconds=limit_s))
-    except dist.DistError as error:
+    except dist.DistStoreError:
         who = group.name([awaited])
-        raise RankLost(f"clock: no answer from {who} within {limit_s:.0f} s; see that host's output") from error
+        raise RankLost(f"clock: no answer from {who} within {limit_s:.0f} s; see that host's output") from None
+    except dist.DistError as error:
+        raise RankLost(f"rank {group.rank} on {group.host}: lost rank 0 while comparing clocks") from error
 
 
 def _key(rank: int, turn: int, part: str) -> str:

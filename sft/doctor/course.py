@@ -1,11 +1,13 @@
 """The course of `sft doctor`: what is looked at, in which order, and what becomes of a check that itself fails.
 
-No rank waits for another without an end. Before the process group exists, ranks exchange what they found through the
-store, in a bounded time (Group). After that sft.watchdog watches: a rank that dies, hangs or fails in a collective is
-named on all ranks, which leave. What was found before is shown in any case.
+No rank waits for another without an end. sft.watchdog watches from the start: a rank that dies, or fails where others
+wait for it, is named on all ranks, which leave. Who is late is named by those who wait: before the process group exists
+ranks exchange what they found through the store, in a bounded time (Group); after that the watchdog knows of hangs as
+well. What was found before is shown in any case.
 """
 
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -50,9 +52,12 @@ JOIN_S = 120.0
 """For the ranks to connect to each other: seconds, where they can."""
 LOST_S = 60.0
 """A rank without a sign of life for this long is lost."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 Collect = Callable[[], dict[str, Any]]
 Judge = Callable[[list[Report]], list[Finding]]
+Begin = Callable[[str, float], None]
+"""Tells the user and the other ranks which check begins, and how many seconds it may take."""
 
 
 def examine(
@@ -74,12 +79,44 @@ def examine(
     Raises:
         RankLost: a rank did not come to a point that the others have reached.
     """
+    check = "ranks"
+
+    def begin(name: str, limit_s: float) -> None:
+        nonlocal check
+        check = name
+        say(name)
+        watched.mark(name, 0, limit_s)
+
+    watched = Watchdog(
+        group.rank,
+        group.world_size,
+        LOST_S,
+        options.limit_s,
+        record=lambda reason: stop(failure(check, "all ranks", reason)),
+        stacks=Path(tempfile.gettempdir()) / f"sft-doctor-{os.getpid()}",
+        store=group.meeting.store,
+    )
+    try:
+        with watched, leaving_the_name_to_the_watchdog():
+            look_alone(group, config, options, findings, begin)
+            if group.world_size > 1:
+                measure_together(group, config, options, findings, begin, stop)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except UNEXPECTED as error:
+        findings.append(broken_off(check, group, error))
+
+
+def look_alone(
+    group: Group, config: DoctorConfig | None, options: DoctorSection, findings: list[Finding], begin: Begin
+) -> None:
+    """What needs no process group."""
     findings.append(who_is_here(group))
     device = choose_device(group.local_rank)
     for check, collect, judge in local_checks(group, config, options, device):
-        say(check)
+        begin(check, math.inf)  # whoever waits for it has a limit of its own
         findings += look(group, check, collect, judge)
-    say("clock")
+    begin("clock", math.inf)
     findings += clock.measure(group)
     if config is not None:
         findings += disk.see(group, config)
@@ -87,8 +124,6 @@ def examine(
         findings.append(Finding("run", "skip", "all ranks", "only the hosts: --config run.yaml checks a run as well"))
     if group.world_size == 1:
         findings.append(Finding("network", "skip", "all ranks", "one rank: nobody to exchange anything with"))
-        return
-    measure_together(group, config, options, findings, say, stop)
 
 
 def who_is_here(group: Group) -> Finding:
@@ -140,40 +175,22 @@ def measure_together(
     config: DoctorConfig | None,
     options: DoctorSection,
     findings: list[Finding],
-    say: Callable[[str], None],
+    begin: Begin,
     stop: Callable[[Finding], None],
 ) -> None:
     """What the ranks can only find out with each other. What fails here ends it: nobody knows who waits for whom."""
     from sft.engine import join
 
-    check = "process group"
-    watched = Watchdog(
-        group.rank,
-        group.world_size,
-        LOST_S,
-        options.limit_s,
-        record=lambda reason: stop(failure(check, "all ranks", reason)),
-        stacks=Path(tempfile.gettempdir()) / f"sft-doctor-{os.getpid()}",
-    )
-    try:
-        say(check)
-        with leaving_after(min(JOIN_S, options.limit_s), group, stop):
-            device = join(group.meeting)
-        with watched as watch, leaving_the_name_to_the_watchdog():
-            check = "network"
-            say(check)
-            watch.mark(check, 0)
-            findings += network.measure(group, config, device, options)
-            if config is not None and not options.overlap:
-                findings.append(Finding("overlap_comm", "skip", "all ranks", "not asked for: doctor.overlap false"))
-            elif config is not None:
-                check = "overlap"
-                say(check)
-                watch.mark(check, 0)
-                findings += overlap.measure(group, config, device, options)
-        dist.destroy_process_group()
-    except UNEXPECTED as error:
-        findings.append(failure(check, group.name([group.rank]), describe_failure(error)))
+    begin("process group", math.inf)
+    with leaving_after(min(JOIN_S, options.limit_s), group, stop):
+        device = join(group.meeting)
+    begin("network", options.limit_s)
+    findings += network.measure(group, config, device, options)
+    if config is not None and not options.overlap:
+        findings.append(Finding("overlap_comm", "skip", "all ranks", "not asked for: doctor.overlap false"))
+    elif config is not None:
+        begin("overlap", options.limit_s)
+        findings += overlap.measure(group, config, device, options)
 
 
 @contextmanager
@@ -192,13 +209,10 @@ def leaving_after(limit_s: float, group: Group, stop: Callable[[Finding], None])
     """End this process where ranks cannot connect to each other; nothing in Python interrupts such a wait."""
 
     def leave() -> None:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or "not set"
-        found = f"not connected with the other ranks in {limit_s:.0f} s (interface: {interface})"
-        remedy = "name the interface that leads to the other hosts in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and "
-        remedy += "open all ports between them: collectives use ports of their own, beside MASTER_PORT"
+        found = disconnected("process group", group, f"not connected with the other ranks in {limit_s:.0f} s")
         try:
-            os.write(2, f"stopped: {group.name([group.rank])}: {found}\n".encode())
-            stop(Finding("process group", "fail", group.name([group.rank]), found, remedy))
+            os.write(2, f"stopped: {found.where}: {found.found}\n".encode())
+            stop(found)
         finally:
             os._exit(EXIT_RANK_LOST)
 
@@ -209,6 +223,24 @@ def leaving_after(limit_s: float, group: Group, stop: Callable[[Finding], None])
         yield
     finally:
         timer.cancel()
+
+
+def broken_off(check: str, group: Group, error: BaseException) -> Finding:
+    """An error that ended the course. One of a collective after which no rank is lost is the network's."""
+    reason = describe_failure(error)
+    if is_failed_collective(error):
+        return disconnected(check, group, f"no rank is lost, but a collective failed: {reason}")
+    return failure(check, group.name([group.rank]), reason)
+
+
+def disconnected(check: str, group: Group, found: str) -> Finding:
+    """Ranks that live and do not reach each other."""
+    interfaces = [f"{name} {os.environ.get(name, 'not set')}" for name in INTERFACES]
+    remedy = (
+        f"name the interface that leads to the other hosts in {' and '.join(INTERFACES)}, and open all ports between "
+        "them: collectives use ports of their own, beside MASTER_PORT; NCCL_DEBUG=INFO shows which way NCCL tries"
+    )
+    return Finding(check, "fail", group.name([group.rank]), f"{found} ({', '.join(interfaces)})", remedy)
 
 
 def failure(check: str, where: str, reason: str) -> Finding:

@@ -38,6 +38,18 @@ def odd_ones(groups: Sequence[tuple[Any, Sequence[Report]]]) -> list[Report]:
     return [report for _, having in groups[1:] for report in having]
 
 
+def figures(groups: Sequence[tuple[Any, Sequence[Report]]]) -> list[dict[str, Any]]:
+    """The same for --json: each value with its ranks and hosts."""
+    return [
+        {
+            "value": value,
+            "ranks": [report.rank for report in having],
+            "hosts": list(dict.fromkeys(report.host for report in having)),
+        }
+        for value, having in groups
+    ]
+
+
 def same_host(one: Report, reports: Sequence[Report]) -> list[Report]:
     """All ranks on the host of `one`."""
     return [report for report in reports if report.host == one.host]

@@ -1,5 +1,6 @@
 """Check of the run's folder: room, speed, and that it is one folder for all hosts."""
 
+import errno
 import os
 import shutil
 import time
@@ -16,11 +17,9 @@ from sft.doctor.group import Group
 from sft.errors import UserError
 from sft.order import steps_per_epoch
 from sft.retention import check_disk, checkpoint_bytes, num_parameters
-from sft.run_folder import run_folder
+from sft.run_folder import DOCTOR, run_folder
 
 GIB = 2**30
-MARK = ".sft-doctor-"
-"""How names of the files begin that are written here, and removed at once."""
 WRITE_BYTES, CHUNK_BYTES = 256 * 2**20, 32 * 2**20
 WRITE_S = 2.0
 SLOW_S = 600.0
@@ -31,7 +30,7 @@ SEEN_AFTER_S = 30.0
 
 
 def collect(config: RunConfig) -> dict[str, Any]:
-    """Room and write speed at `out`, as this host sees it. Only the host's first rank writes.
+    """Room and write speed at `out`, as this host sees it. All ranks write at about the same time, as in training.
 
     Returns:
         folder: the nearest that exists; problems: what would refuse the run; room: of sft.retention.check_disk, None
@@ -40,16 +39,15 @@ def collect(config: RunConfig) -> dict[str, Any]:
     """
     out = Path(config.out)
     folder = nearest_folder(out)
-    facts: dict[str, Any] = {"out": str(out), "folder": str(folder), "problems": [], "room": None, "write": None}
-    for check in (lambda: _run_folder(config), lambda: facts.update(room=_room(config))):
+    facts: dict[str, Any] = {"out": str(out), "folder": str(folder), "problems": [], "room": None}
+    for check in (lambda: run_folder(config), lambda: facts.update(room=_room(config))):
         if problem := _problem(check):
             facts["problems"].append(problem)
     status = os.statvfs(folder)
     facts["inodes"] = status.f_favail if status.f_files else None
     facts["free"] = shutil.disk_usage(folder).free
     facts["checkpoint_bytes"] = _checkpoint_bytes(config)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        facts["write"] = write_speed(folder)
+    facts["write"] = write_speed(folder)
     return facts
 
 
@@ -59,9 +57,10 @@ def judge(reports: list[Report]) -> list[Finding]:
     for host in one_per_host(reports):
         facts, where = host.facts, place(same_host(host, reports), reports)
         findings += [Finding("disk", "fail", where, found, remedy) for found, remedy in map(halves, facts["problems"])]
-        if facts["write"] and facts["write"].get("error"):
-            found = f"cannot write in {facts['folder']}: {facts['write']['error']}"
-            remedy = f"make {facts['folder']} writable for this user on {host.host}, or choose another --out"
+        errors = [report.facts["write"].get("error") for report in same_host(host, reports)]
+        if error := next(filter(None, errors), None):
+            found = f"cannot write in {facts['folder']}: {error}"
+            remedy = _to_write(facts["folder"], host.host, error)
             findings.append(Finding("disk", "fail", where, found, remedy, facts))
         if facts["inodes"] is not None and facts["inodes"] < LEAST_INODES:
             found = f"{facts['inodes']:,} files may still be made at {facts['folder']}"
@@ -75,7 +74,7 @@ def see(group: Group, config: RunConfig) -> list[Finding]:
     Collective; on all ranks the same findings.
     """
     folder = nearest_folder(Path(config.out))
-    own = folder / f"{MARK}{group.host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    own = folder / f"{DOCTOR}{group.host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     hosts, is_first = group.meeting.hosts, group.local_rank == 0
     if len(hosts) == 1:
         return []
@@ -99,10 +98,15 @@ def judge_seen(hosts: list[str], missed: list[list[Any]], unwritten: list[list[A
         unwritten: [host, name, its folder, why it could not write].
     """
     findings = [
-        Finding("shared folder", "fail", f"host {host}", f"cannot write in {folder}: {error}",
-                f"make {folder} writable for this user on {host}, or choose another --out")
+        Finding(
+            "shared folder",
+            "fail",
+            f"host {host}",
+            f"cannot write in {folder}: {error}",
+            _to_write(folder, host, error),
+        )
         for host, _, folder, error in unwritten
-    ]  # fmt: skip
+    ]
     for host, folder, unseen in missed:
         if unseen:
             found = f"does not see in {folder} what {', '.join(unseen)} wrote there"
@@ -141,7 +145,7 @@ def write_speed(folder: Path) -> dict[str, Any]:
     Returns:
         bytes, seconds, bytes_per_s; or error.
     """
-    path = folder / f"{MARK}{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    path = folder / f"{DOCTOR}{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     chunk = os.urandom(CHUNK_BYTES)  # file systems that compress would be too fast on anything else
     written, start_s = 0, time.monotonic()
     try:
@@ -157,11 +161,11 @@ def write_speed(folder: Path) -> dict[str, Any]:
     return {"bytes": written, "seconds": seconds, "bytes_per_s": written / seconds}
 
 
-def _run_folder(config: RunConfig) -> None:
-    """Refuse what training refuses; files of another host's doctor are none of its business."""
-    out = Path(config.out)
-    if not out.is_dir() or any(not name.startswith(MARK) for name in _listed(out)):
-        run_folder(config)
+def _to_write(folder: str, host: str, error: str) -> str:
+    """What to do so that a file can be written."""
+    if any(os.strerror(number) in error for number in (errno.ENOSPC, errno.EDQUOT)):
+        return f"free space at {folder} (see df -h, df -i and quota on {host}), or choose another --out"
+    return f"make {folder} writable for this user on {host}, or choose another --out"
 
 
 def _room(config: RunConfig) -> dict[str, Any] | None:
@@ -209,29 +213,38 @@ def _listed(folder: Path) -> list[str]:
 def _room_found(reports: list[Report]) -> Finding:
     least = min(one_per_host(reports), key=lambda report: report.facts["free"]).facts
     if least["room"] is None:
-        found = f"{least['free'] / GIB:,.1f} GiB free at {least['folder']}; model or shards do not tell what is needed"
+        found = f"{_size(least['free'])} free at {least['folder']}; model or shards do not tell what is needed"
         return Finding("disk", "skip", "all ranks", found)
     room = least["room"]
-    found = f"{room['need_gib']:,.1f} GiB needed, {room['free_gib']:,.1f} GiB free or in use by this run"
-    return Finding("disk", "pass", "all ranks", f"{found} at {least['folder']}", figures=room)
+    need, free = (_size(room[name] * GIB) for name in ("need_gib", "free_gib"))
+    found = f"{need} needed, {free} free or in use by this run at {least['folder']}"
+    return Finding("disk", "pass", "all ranks", found, figures=room)
 
 
 def _judge_speed(reports: list[Report]) -> list[Finding]:
-    """Each host writes the part of its ranks, all at the same time, as they were measured."""
-    hosts = [host for host in one_per_host(reports) if (host.facts["write"] or {}).get("bytes_per_s")]
+    """Each host writes the parts of its ranks, all at the same time, as they were measured."""
+    speeds = {
+        host.host: sum(report.facts["write"].get("bytes_per_s", 0) for report in same_host(host, reports))
+        for host in one_per_host(reports)
+    }
+    hosts = [host for host in one_per_host(reports) if speeds[host.host]]
     if not hosts:
         return []
-    speeds = {host.host: host.facts["write"]["bytes_per_s"] for host in hosts}
     slowest = min(hosts, key=lambda host: speeds[host.host] / len(same_host(host, reports)))
-    speed, whole = speeds[slowest.host], reports[0].facts["checkpoint_bytes"]
+    here, speed, whole = same_host(slowest, reports), speeds[slowest.host], reports[0].facts["checkpoint_bytes"]
     figures: dict[str, Any] = {"bytes_per_s": speeds, "checkpoint_bytes": whole, "checkpoint_s": None}
-    told = f"{speed / 2**20:,.0f} MiB/s from host {slowest.host}, the slowest"
+    together = f" by {len(here)} ranks at a time" if len(here) > 1 else ""
+    told = f"{speed / 2**20:,.0f} MiB/s from host {slowest.host}{together}, the slowest"
     if whole is None:
         return [Finding("write speed", "pass", "all ranks", told, figures=figures)]
-    here = same_host(slowest, reports)
     seconds = figures["checkpoint_s"] = whole * len(here) / len(reports) / speed
-    found = f"{told}: a checkpoint of {whole / GIB:,.2f} GiB takes about {seconds:,.0f} s"
+    found = f"{told}: a checkpoint of {_size(whole)} takes about {seconds:,.0f} s"
     if seconds > SLOW_S:
         remedy = "put --out on a faster file system, or raise checkpoint.every; guard.hang_after_s must be longer too"
         return [Finding("write speed", "warn", place(here, reports), found, remedy, figures)]
     return [Finding("write speed", "pass", "all ranks", found, figures=figures)]
+
+
+def _size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"

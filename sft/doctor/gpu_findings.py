@@ -1,6 +1,7 @@
 """What the facts of GPUs and of the matrix product mean."""
 
 import statistics
+from typing import Any
 
 from sft.doctor import gpus
 from sft.doctor.differences import by_value, odd_ones, place, same_host, tell
@@ -54,18 +55,7 @@ def _judge_count(host: Report, here: list[Report], reports: list[Report]) -> lis
     if facts["device"] != "cuda":
         if not listed or facts["wants_cpu"]:
             return []
-        built = "is built without CUDA" if facts["torch_cuda"] is None else f"is built for CUDA {facts['torch_cuda']}"
-        return [
-            Finding(
-                "GPUs",
-                "fail",
-                where,
-                f"nvidia-smi lists {listed} GPUs, torch uses none: it {built}",
-                "install torch for the CUDA version of this driver (the first lines of nvidia-smi name it), and "
-                "look at CUDA_VISIBLE_DEVICES; to compute on CPUs all the same: DS_ACCELERATOR=cpu",
-                figures,
-            )
-        ]
+        return [_unused(facts, where, {**figures, "cuda_error": facts["cuda_error"]})]
     if ranks is not None and seen < ranks:
         return [
             Finding(
@@ -90,6 +80,26 @@ def _judge_count(host: Report, here: list[Report], reports: list[Report]) -> lis
             )
         ]
     return []
+
+
+def _unused(facts: dict[str, Any], where: str, figures: dict[str, Any]) -> Finding:
+    """GPUs that nvidia-smi lists and torch does not use."""
+    install = "install torch for the CUDA version of this driver (the first lines of nvidia-smi name it)"
+    if facts["torch_cuda"] is None:
+        reason, remedy = "it is built without CUDA", install
+    else:
+        reason = facts["cuda_error"] or "it says no reason"
+        reason += f" (it is built for CUDA {facts['torch_cuda']})"
+        remedy = "look there at systemctl status nvidia-fabricmanager (which GPUs with NVLink switches need), dmesg | "
+        remedy += f"grep Xid, and CUDA_VISIBLE_DEVICES; if the driver is too old for torch's CUDA, {install}"
+    return Finding(
+        "GPUs",
+        "fail",
+        where,
+        f"nvidia-smi lists {facts['gpus_listed']} GPUs, torch uses none: {reason}",
+        f"{remedy}; to compute on CPUs all the same: DS_ACCELERATOR=cpu",
+        figures,
+    )
 
 
 def _judge_shared_gpus(here: list[Report]) -> list[Finding]:

@@ -6,10 +6,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
+from sft.errors import shorten
 from sft.metrics import PEAK_BF16_FLOPS
 
 GIB = 2**30
@@ -19,10 +21,12 @@ GPU_SIZE, CPU_SIZE = 8192, 512
 """Rows and columns of the matrices: large enough that a GPU is busy, small enough for a core in milliseconds."""
 WARM_UP_S = 0.5
 REPEATS = 20
-LOAD_S = 1.0
-"""Of products that are under way while nvidia-smi is asked what slows the GPU down."""
+LAUNCHED = 20
+"""Products that wait for the GPU at a time, while nvidia-smi is asked what slows it down: some ten milliseconds."""
 SLOW_DOWNS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 """Reasons for lower clocks that no healthy GPU has; the power limit, and idling, are none."""
+
+Answer = TypeVar("Answer")
 
 
 def parse(text: str, fields: Sequence[str]) -> list[dict[str, str | None]]:
@@ -116,7 +120,7 @@ def multiply(device: torch.device, meanwhile: Callable[[], Any] = lambda: None) 
     Zeros would draw less power than any real data and be too fast.
 
     Args:
-        meanwhile: on a GPU, called once while products are under way.
+        meanwhile: on a GPU, called once while products are under way, for as long as it takes.
 
     Returns:
         best, median: FLOP/s; dtype; size; meanwhile: what that returned.
@@ -133,10 +137,13 @@ def multiply(device: torch.device, meanwhile: Callable[[], Any] = lambda: None) 
     times_s = [_time_product(left, right, out) for _ in range(REPEATS)]
     found = None
     if on_gpu:
-        for _ in range(min(500, int(LOAD_S / min(times_s)))):  # below the length of the launch queue
-            torch.mm(left, right, out=out)
-        found = meanwhile()
-        torch.cuda.synchronize(device)
+
+        def load() -> None:
+            for _ in range(LAUNCHED):
+                torch.mm(left, right, out=out)
+            torch.cuda.synchronize(device)
+
+        found = under(load, meanwhile)
     flops = 2 * size**3
     return {
         "best": flops / min(times_s),
@@ -145,6 +152,26 @@ def multiply(device: torch.device, meanwhile: Callable[[], Any] = lambda: None) 
         "size": size,
         "meanwhile": found,
     }
+
+
+def under(load: Callable[[], None], ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns or raises, with `load` called again and again until then."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(ask)
+        while not answer.done():
+            load()
+    return answer.result()
+
+
+def initialization_error() -> str | None:
+    """Why CUDA cannot be used, in CUDA's words; None where torch has none, or where it can be used."""
+    if torch.version.cuda is None:
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return shorten(" ".join(str(error).split()), 300)
+    return None
 
 
 def _time_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> float:

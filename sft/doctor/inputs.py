@@ -5,12 +5,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_prep.shards import file_sha256, open_shards, read_manifest
 from sft.config import RunConfig
-from sft.doctor.differences import by_value, halves, odd_ones, place, same_host, tell
+from sft.doctor.differences import by_value, figures, halves, odd_ones, place, same_host, tell
 from sft.doctor.finding import Finding, Report, one_per_host
 from sft.doctor.options import DoctorSection
 from sft.engine import read_strategy
@@ -22,12 +23,15 @@ from sft.model_shards import open_model_shards
 from sft.probe_items import open_probe
 from sft.retention import num_parameters
 from sft.tokenizer import TOKENIZER_FILES, load_tokenizer
+from sft.weight_files import weight_files
 
 GIB = 2**30
 BY_START = {"track.": "trackers", "--out ": "disk"}
 """Checks that a line of sft.inputs belongs to, by how it begins."""
 SAMPLE_BYTES = 60 * GIB
 """Read on each host where digests are sampled: a minute at 1 GiB/s. Shards and weights have half of it each."""
+SAMPLE_S = 60.0
+"""After this time a sample ends, whatever it lacks: hosts may share one slow file system."""
 SMALL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES)
 
 Value = TypeVar("Value")
@@ -39,7 +43,8 @@ def collect(config: RunConfig, options: DoctorSection, local_rank: int) -> dict[
     Returns:
         problems: [check, line] of all that would refuse the run, of the host's first rank; saved: whether the save
         path was tried; keys: content_key by option; small: sha256 of the model's small files; sizes: bytes of its
-        weights; digests: by path, what this rank read: sha256, or error; read_bytes, read_s; wandb.
+        weights; digests: by path, what this rank read: sha256, or error; unread: files for which a sample's time did
+        not last; read_bytes, read_s; wandb.
     """
     is_first = local_rank == 0
     facts: dict[str, Any] = {"problems": [], "saved": False, "keys": {}, "small": {}, "sizes": {}, "wandb": None}
@@ -48,9 +53,13 @@ def collect(config: RunConfig, options: DoctorSection, local_rank: int) -> dict[
         facts["wandb"] = {"mode": config.track.wandb, "installed": importlib.util.find_spec("wandb") is not None}
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     own = choose_files(config, options.digests)[local_rank % local_size :: local_size]
+    digests: dict[str, dict[str, Any]] = {}
     start_s = time.monotonic()
-    facts["digests"] = {str(path): {"wanted": wanted, **_digest(path)} for path, wanted in own}
-    facts["read_s"] = time.monotonic() - start_s
+    for path, wanted in own:
+        if digests and options.digests == "sample" and time.monotonic() - start_s > SAMPLE_S:
+            break
+        digests[str(path)] = {"wanted": wanted, **_digest(path)}
+    facts |= {"digests": digests, "unread": len(own) - len(digests), "read_s": time.monotonic() - start_s}
     facts["read_bytes"] = sum(entry["bytes"] for entry in facts["digests"].values())
     return facts
 
@@ -87,18 +96,21 @@ def pick(sizes: Sequence[int], budget: int) -> list[int]:
 
 
 def choose_files(config: RunConfig, digests: str) -> list[tuple[Path, str | None]]:
-    """Files that each host reads, and the sha256 that the manifest names; the same on every host with these inputs."""
+    """Files that each host reads, and the sha256 that the manifest names; the same on every host with these inputs.
+
+    Shards and weights take turns, so that there are some of both in what is read of them.
+    """
     shards: list[tuple[Path, str | None, int]] = []
     for folder in filter(None, (config.data.train, config.data.heldout)):
         manifest: dict[str, Any] = _tried(partial(read_manifest, Path(folder)), {"shards": []})
         shards += [(Path(folder) / entry["file"], entry["sha256"], entry["bytes"]) for entry in manifest["shards"]]
     weights = [(path, None, size) for path, size in _weights(Path(config.model.path)).items()]
-    chosen: list[tuple[Path, str | None]] = []
+    chosen: list[list[tuple[Path, str | None]]] = []
     for files in (shards, weights):
         sizes = [size for _, _, size in files]
         budget = SAMPLE_BYTES // 2 if digests == "sample" else sum(sizes)
-        chosen += [files[index][:2] for index in pick(sizes, budget)] if files else []
-    return chosen
+        chosen.append([files[index][:2] for index in pick(sizes, budget)])
+    return [file for turn in zip_longest(*chosen) for file in turn if file is not None]
 
 
 class _Problems:
@@ -170,7 +182,9 @@ def _model_folder(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[Path, int]:
-    return {path: _tried(partial(os.path.getsize, path), 0) for path in sorted(folder.glob("*.safetensors"))}
+    """Bytes of those that training reads and that are there; the check of the model folder tells of the others."""
+    paths: list[Path] = _tried(partial(weight_files, folder), [])
+    return {path: _tried(partial(os.path.getsize, path), 0) for path in paths if path.is_file()}
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -188,10 +202,15 @@ def _tried(step: Callable[[], Value], otherwise: Value) -> Value:
         return otherwise
 
 
+def _first_ranks(reports: list[Report]) -> list[Report]:
+    """Of each host that which looked at the inputs; where its check broke off, nothing is known of the host."""
+    return [report for report in one_per_host(reports) if report.local_rank == 0]
+
+
 def _judge_problems(reports: list[Report]) -> list[Finding]:
     """One finding for each line, with all hosts that have it."""
     having: dict[tuple[str, str], list[Report]] = {}
-    for host in one_per_host(reports):
+    for host in _first_ranks(reports):
         for check, line in host.facts["problems"]:
             having.setdefault((check, line), []).extend(same_host(host, reports))
     return [
@@ -202,7 +221,7 @@ def _judge_problems(reports: list[Report]) -> list[Finding]:
 def _judge_saved(reports: list[Report], failed: set[str]) -> list[Finding]:
     if "save path" in failed:
         return []
-    if untried := [host for host in one_per_host(reports) if not host.facts["saved"]]:
+    if untried := [host for host in _first_ranks(reports) if not host.facts["saved"]]:
         where = place([report for host in untried for report in same_host(host, reports)], reports)
         return [Finding("save path", "skip", where, "not tried: the run's inputs could not be opened, see above")]
     return [Finding("save path", "pass", "all ranks", "config, generation config and tokenizer load back as saved")]
@@ -210,7 +229,7 @@ def _judge_saved(reports: list[Report], failed: set[str]) -> list[Finding]:
 
 def _judge_equal(reports: list[Report]) -> list[Finding]:
     """The same shards and the same model on all hosts: each reads its own copy, if they have copies."""
-    hosts = one_per_host(reports)
+    hosts = _first_ranks(reports)
     findings = []
     for option in dict.fromkeys(option for host in hosts for option in host.facts["keys"]):
         having = [host for host in hosts if option in host.facts["keys"]]  # the others have a problem that is told
@@ -219,7 +238,7 @@ def _judge_equal(reports: list[Report]) -> list[Finding]:
             found = f"{option}: hosts have different data: content_key {tell(groups, hosts)}"
             remedy = "copy one preparation to every host, or read it from a folder that all share"
             findings.append(
-                Finding("shards", "fail", place(odd_ones(groups), hosts), found, remedy, dict(groups=_figures(groups)))
+                Finding("shards", "fail", place(odd_ones(groups), hosts), found, remedy, dict(groups=figures(groups)))
             )
     for part, unit in (("small", "sha256"), ("sizes", "bytes")):
         for name in sorted({name for host in hosts for name in host.facts[part]}):
@@ -235,7 +254,7 @@ def _judge_equal(reports: list[Report]) -> list[Finding]:
                         place(odd_ones(groups), hosts),
                         found,
                         remedy,
-                        dict(groups=_figures(groups)),
+                        dict(groups=figures(groups)),
                     )
                 )
     return findings
@@ -267,18 +286,19 @@ def _judge_digests(reports: list[Report]) -> list[Finding]:
             where = ", ".join(f"host {report.host}" for report in odd_ones(groups))
             remedy = "copy the file again from where it was published: ranks would begin with different weights"
             findings.append(
-                Finding("files", "fail", where, f"{path} differs: sha256 {told}", remedy, dict(groups=_figures(groups)))
+                Finding("files", "fail", where, f"{path} differs: sha256 {told}", remedy, dict(groups=figures(groups)))
             )
     if findings:
         return findings
     hosts = [same_host(host, reports) for host in one_per_host(reports)]
     bytes_read = sum(report.facts["read_bytes"] for report in hosts[0])
     rates = [sum(r.facts["read_bytes"] for r in here) / max(*(r.facts["read_s"] for r in here), 1e-3) for here in hosts]
-    count = sum(len(report.facts["digests"]) for report in hosts[0])
-    found = (
-        f"{count} files, {bytes_read / GIB:,.2f} GiB, read on each host at {min(rates) / GIB:,.2f} GiB/s or more: equal"
-    )
-    return [Finding("files", "pass", "all ranks", found, figures={"bytes": bytes_read, "bytes_per_s": rates})]
+    read_files = min(sum(len(report.facts["digests"]) for report in here) for here in hosts)
+    files = sum(len(report.facts["digests"]) + report.facts["unread"] for report in hosts[0])
+    count = f"{files} files" if read_files == files else f"at least {read_files} of {files} files (in {SAMPLE_S:.0f} s)"
+    found = f"{count}, {bytes_read / GIB:,.2f} GiB, read on each host at {min(rates) / GIB:,.2f} GiB/s or more: equal"
+    figures_read = {"files": files, "read_files": read_files, "bytes": bytes_read, "bytes_per_s": rates}
+    return [Finding("files", "pass", "all ranks", found, figures=figures_read)]
 
 
 def _judge_wandb(reports: list[Report], failed: set[str]) -> list[Finding]:
@@ -299,7 +319,3 @@ def _judge_wandb(reports: list[Report], failed: set[str]) -> list[Finding]:
         "online": f"online, with a key; whether {first.host} reaches the server was not tried",
     }
     return [Finding("wandb", "pass", "all ranks", told[wandb["mode"]], figures=wandb)]
-
-
-def _figures(groups: Sequence[tuple[Any, Sequence[Report]]]) -> list[dict[str, Any]]:
-    return [{"value": value, "hosts": [report.host for report in having]} for value, having in groups]

@@ -11,7 +11,7 @@ import torch
 from sft.config import RunConfig
 from sft.doctor import gpu_findings, gpus, ops
 from sft.doctor.differences import place, same_host
-from sft.doctor.finding import Finding, Report, one_per_host
+from sft.doctor.finding import Finding, Report, Status, one_per_host
 from sft.errors import UserError
 from sft.host_memory import available_host_memory
 from sft.retention import num_parameters
@@ -24,7 +24,8 @@ LIMITS = {
     "core": resource.RLIMIT_CORE,
 }
 SHM = "/dev/shm"
-LEAST_SHM = GIB
+LEAST_SHM, SHM_OF_RANK = GIB, 10 * 2**20
+"""Wanted, and needed by each rank: NCCL's shared memory of one connection has 9.2 MiB."""
 STATE_BYTES = 16
 """Of one parameter in fp32: master weight, two moments, gradient."""
 
@@ -36,19 +37,21 @@ def collect(config: RunConfig | None, device: torch.device) -> dict[str, Any]:
     exists = not on_gpu or (device.index or 0) < torch.cuda.device_count()
     gpu = gpus.look(device) if on_gpu and exists else None
     uuid = gpu["uuid"] if gpu else ""
+    wants_cpu, listed = os.environ.get("DS_ACCELERATOR") == "cpu", len(gpus.query("uuid"))
     local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return {
         "device": device.type,
         "torch_cuda": torch.version.cuda,
-        "wants_cpu": os.environ.get("DS_ACCELERATOR") == "cpu",
-        "gpus_listed": len(gpus.query("uuid")),
+        "wants_cpu": wants_cpu,
+        "gpus_listed": listed,
+        "cuda_error": None if on_gpu or wants_cpu or not listed else gpus.initialization_error(),
         "gpus_seen": torch.cuda.device_count(),
         "local_size": int(local_size) if local_size else None,
         "gpu": gpu,
         "product": _product(device, uuid) if exists else None,
         "limits": {name: _limit(which) for name, which in LIMITS.items()},
         "infiniband": _names(Path("/sys/class/infiniband")),
-        "shm_bytes": shutil.disk_usage(SHM).total if Path(SHM).is_dir() else 0,
+        "shm_free": shutil.disk_usage(SHM).free if Path(SHM).is_dir() else 0,
         "cores": len(os.sched_getaffinity(0)),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "memory": available_host_memory(),
@@ -164,23 +167,24 @@ def _judge_shm(reports: list[Report]) -> list[Finding]:
     """NCCL's ranks on a host talk through it. Docker gives 64 MiB."""
     findings = []
     for host in one_per_host(reports):
-        here, size = same_host(host, reports), host.facts["shm_bytes"]
+        here, size = same_host(host, reports), host.facts["shm_free"]
         if host.facts["device"] == "cuda" and len(here) > 1 and size < LEAST_SHM:
+            status: Status = "fail" if size < SHM_OF_RANK * len(here) else "warn"
             findings.append(
                 Finding(
                     "/dev/shm",
-                    "warn",
+                    status,
                     place(here, reports),
-                    f"{size / 2**20:,.0f} MiB for {len(here)} ranks: NCCL may fail with 'unhandled system error'",
+                    f"{size / 2**20:,.0f} MiB free for {len(here)} ranks: NCCL may fail with 'unhandled system error'",
                     "docker run --ipc=host or --shm-size=16g; in Kubernetes an emptyDir with medium: Memory mounted "
-                    "at /dev/shm",
+                    "at /dev/shm; where it is large and full, ls -l /dev/shm shows what jobs of before have left",
                     {"bytes": size},
                 )
             )
     if findings:
         return findings
-    least = min(report.facts["shm_bytes"] for report in reports)
-    return [Finding("/dev/shm", "pass", "all ranks", f"{least / GIB:,.1f} GiB at least", figures={"bytes": least})]
+    least = min(report.facts["shm_free"] for report in reports)
+    return [Finding("/dev/shm", "pass", "all ranks", f"{least / GIB:,.1f} GiB free at least", figures={"bytes": least})]
 
 
 def _judge_memory(reports: list[Report]) -> list[Finding]:

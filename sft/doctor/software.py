@@ -18,8 +18,9 @@ import sft
 from data_prep import shards
 from sft.config import RunConfig
 from sft.doctor import gpus
-from sft.doctor.differences import by_value, odd_ones, place, tell
+from sft.doctor.differences import by_value, figures, odd_ones, place, tell
 from sft.doctor.finding import Finding, Report, Status
+from sft.launch_env import is_secret
 from sft.settings import redact
 
 DISTRIBUTION = "sft-pipeline"
@@ -40,7 +41,6 @@ PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_")
 NAMES = ("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "CUDA_DEVICE_ORDER", "DS_ACCELERATOR")
 OF_THE_HOST = ("NCCL_HOSTID", "NCCL_TOPO_FILE", "TORCH_EXTENSIONS_DIR", "TORCH_HOME")
 """Beside those that end in IFNAME: may rightly be another on every host."""
-SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 REINSTALL = "install the same environment on every host (pip install -c constraints.txt), or share one"
 
@@ -80,7 +80,7 @@ def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
         if (name.startswith(PREFIXES) or name in NAMES)
         and not name.endswith("IFNAME")
         and name not in OF_THE_HOST
-        and not any(word in name.upper() for word in SECRET)
+        and not is_secret(name)
     }
 
 
@@ -200,7 +200,7 @@ def _judge_versions(reports: list[Report]) -> list[Finding]:
                 place(odd_ones(groups), reports),
                 f"{name} differs: {tell(groups, reports)}",
                 driver,
-                {"name": name, "versions": _figures(groups)},
+                {"name": name, "versions": figures(groups)},
             )
         )
     if findings:
@@ -223,7 +223,7 @@ def _judge_code(reports: list[Report]) -> Finding:
         place(odd_ones(groups), reports),
         f"sft and data_prep differ: {tell(told, reports)}",
         "check out the same commit without local changes on every host, or start all from one shared folder",
-        {"digests": _figures(groups)},
+        {"digests": figures(groups)},
     )
 
 
@@ -246,7 +246,7 @@ def _judge_system(reports: list[Report]) -> Finding:
             place(odd_ones(groups), reports),
             f"C library differs: {tell(groups, reports)}",
             "give each host its own TORCH_EXTENSIONS_DIR: what the newer one compiles, the older one cannot load",
-            {"glibc": _figures(groups)},
+            {"glibc": figures(groups)},
         )
     system = reports[0].facts["system"]
     return Finding("system", "pass", "all ranks", f"{system['os']}, {system['glibc']}", figures=system)
@@ -289,7 +289,7 @@ def _judge_environment(reports: list[Report]) -> list[Finding]:
                     f"{name} differs: {tell(told, reports)}",
                     f"set {name} alike on every host, through the launcher (.deepspeed_env, sbatch, pod spec) and "
                     "not through one host's profile",
-                    {"name": name, "values": _figures(groups)},
+                    {"name": name, "values": figures(groups)},
                 )
             )
     if findings:
@@ -297,7 +297,3 @@ def _judge_environment(reports: list[Report]) -> list[Finding]:
     environment = reports[0].facts["environment"]
     found = ", ".join(f"{name}={value}" for name, value in environment.items()) or "no variable of NCCL or torch is set"
     return [Finding("environment", "pass", "all ranks", found, figures=environment)]
-
-
-def _figures(groups: Sequence[tuple[Any, Sequence[Report]]]) -> list[dict[str, Any]]:
-    return [{"value": value, "ranks": [report.rank for report in having]} for value, having in groups]

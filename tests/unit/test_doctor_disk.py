@@ -14,6 +14,7 @@ from sft.doctor import disk
 from sft.doctor.finding import Report
 from sft.doctor.group import Group
 from sft.rendezvous import Meeting, Place
+from sft.run_folder import DOCTOR, run_folder
 
 GIB = 2**30
 FACTS = {
@@ -35,12 +36,8 @@ def config_at(out, base_model, prepared, **more):
 
 
 def cluster(**of_n1):
-    """Two hosts of two ranks; those of n1 with other facts. A host's second rank does not write."""
-    return [
-        Report(rank, f"n{rank // 2}", rank % 2,
-               {**FACTS, **(of_n1 if rank > 1 else {}), **({"write": None} if rank % 2 else {})})
-        for rank in range(4)
-    ]  # fmt: skip
+    """Two hosts of two ranks; those of n1 with other facts."""
+    return [Report(rank, f"n{rank // 2}", rank % 2, {**FACTS, **(of_n1 if rank > 1 else {})}) for rank in range(4)]
 
 
 def by_check(reports):
@@ -65,9 +62,9 @@ def test_this_host_passes_and_nothing_stays_behind(tmp_path, base_model, prepare
 
 
 @pytest.mark.usefixtures("quick")
-def test_only_the_first_rank_of_a_host_writes(tmp_path, base_model, prepared, monkeypatch):
+def test_every_rank_of_a_host_writes(tmp_path, base_model, prepared, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert disk.collect(config_at(tmp_path, base_model, prepared))["write"] is None
+    assert disk.collect(config_at(tmp_path, base_model, prepared))["write"]["bytes"] == 2**20
 
 
 @pytest.mark.usefixtures("quick")
@@ -82,7 +79,9 @@ def test_a_disk_without_room_fails(tmp_path, base_model, prepared, monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_a_folder_that_is_no_run_fails_and_files_of_the_doctor_do_not(tmp_path, base_model, prepared):
-    (tmp_path / f"{disk.MARK}other-host").write_text("")
+    (tmp_path / "launch-x7").mkdir()
+    (tmp_path / f"{DOCTOR}other-host").write_text("")
+    assert run_folder(config_at(tmp_path, base_model, prepared)) == tmp_path, "training does not mind them either"
     assert disk.collect(config_at(tmp_path, base_model, prepared))["problems"] == []
     (tmp_path / "thesis.tex").write_text("")
     (problem,) = disk.collect(config_at(tmp_path, base_model, prepared))["problems"]
@@ -128,12 +127,35 @@ def test_few_inodes_warn_and_none_counted_do_not():
     assert by_check(cluster(inodes=None))["disk"].status == "pass"
 
 
+@pytest.mark.parametrize("error", ["No space left on device", "/data/x: Disk quota exceeded"])
+def test_a_full_disk_is_called_full(error):
+    finding = by_check(cluster(write={"error": error}))["disk"]
+    assert "free space at /data" in finding.remedy
+    assert "writable" not in finding.remedy
+    (finding,) = disk.judge_seen(["n0"], [["n0", "/data", []]], [["n0", "name", "/data", error]])
+    assert "free space at /data" in finding.remedy
+
+
+def test_one_rank_that_cannot_write_is_enough():
+    reports = cluster()
+    reports[3].facts["write"] = {"error": "Disk quota exceeded"}
+    assert by_check(reports)["disk"].status == "fail"
+
+
+def test_small_needs_are_told_in_mib():
+    room = {**FACTS["room"], "need_gib": 0.004}
+    reports = [Report(rank, "n0", rank, {**FACTS, "room": room, "checkpoint_bytes": 3 * 2**20}) for rank in range(2)]
+    findings = by_check(reports)
+    assert "4.1 MiB needed, 100.0 GiB free" in findings["disk"].found
+    assert "a checkpoint of 3.0 MiB" in findings["write speed"].found
+
+
 def test_the_slowest_host_decides_how_long_a_checkpoint_takes():
-    """60 GiB, half of it from n1 at 0.25 GiB/s: 120 s. At 0.04 GiB/s it is too long."""
+    """60 GiB, half of it from two ranks on n1: at 0.25 GiB/s each 60 s, at 0.02 GiB/s too long."""
     slow = by_check(cluster(write={"bytes": 1, "seconds": 1, "bytes_per_s": GIB / 4}))["write speed"]
-    assert (slow.status, slow.figures["checkpoint_s"]) == ("pass", 120.0)
-    assert "256 MiB/s from host n1" in slow.found
-    slower = by_check(cluster(write={"bytes": 1, "seconds": 1, "bytes_per_s": GIB / 25}))["write speed"]
+    assert (slow.status, slow.figures["checkpoint_s"]) == ("pass", 60.0)
+    assert "512 MiB/s from host n1 by 2 ranks at a time" in slow.found
+    slower = by_check(cluster(write={"bytes": 1, "seconds": 1, "bytes_per_s": GIB / 50}))["write speed"]
     assert (slower.status, slower.where) == ("warn", "host n1")
     assert "checkpoint.every" in slower.remedy
 

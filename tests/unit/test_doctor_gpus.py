@@ -100,3 +100,29 @@ def test_the_product_is_counted_as_it_is_done(monkeypatch):
     rate = gpus.multiply(torch.device("cpu"))
     assert rate["median"] == pytest.approx(2 * 64**3 / 1e-3)
     assert (rate["dtype"], rate["size"], rate["meanwhile"]) == ("float32", 64, None)
+
+
+def test_the_gpu_is_busy_until_the_answer_is_there():
+    loads, asked = [], []
+
+    def ask():
+        asked.append(len(loads))
+        time.sleep(0.3)
+        return "slow"
+
+    assert gpus.under(lambda: (loads.append(time.monotonic()), time.sleep(0.01)), ask) == "slow"
+    assert loads[-1] - loads[0] > 0.2
+    assert asked[0] < len(loads) / 2
+
+
+def test_why_cuda_cannot_be_used_is_told_in_its_words(monkeypatch):
+    def broken():
+        raise RuntimeError("Unexpected error from cudaGetDeviceCount().\n Error 802: system not yet initialized")
+
+    monkeypatch.setattr(torch.cuda, "init", broken)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert gpus.initialization_error() is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "cudaGetDeviceCount(). Error 802: system not yet initialized" in gpus.initialization_error()
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    assert gpus.initialization_error() is None

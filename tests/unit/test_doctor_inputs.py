@@ -181,10 +181,29 @@ def test_full_reads_more_than_a_sample(folder, monkeypatch):
     config = config_of(folder, data={"train": str(train)})
     assert [path.name for path, _ in inputs.choose_files(config, "sample")] == [
         "0.arrow",
-        "8.arrow",
         "model.safetensors",
+        "8.arrow",
     ]
     assert len(inputs.choose_files(config, "full")) == 10
+
+
+def test_a_sample_ends_in_time_and_says_so(folder, monkeypatch):
+    monkeypatch.setattr(inputs, "SAMPLE_S", -1.0)
+    facts = collect(config_of(folder))
+    assert (len(facts["digests"]), facts["unread"]) == (1, 2)
+    finding = next(finding for finding in inputs.judge([Report(0, "n0", 0, facts)]) if finding.check == "files")
+    assert finding.status == "pass"
+    assert "at least 1 of 3 files" in finding.found
+    full = inputs.collect(config_of(folder), DoctorSection(digests="full"), 0)
+    assert (len(full["digests"]), full["unread"]) == (3, 0)
+
+
+def test_weights_that_training_does_not_read_are_not_judged(folder):
+    """Mistral's folders hold everything a second time."""
+    (folder / "base" / "consolidated.safetensors").write_bytes(b"something else on every host")
+    facts = collect(config_of(folder))
+    assert list(facts["sizes"]) == ["model.safetensors"]
+    assert [path for path in facts["digests"] if "consolidated" in path] == []
 
 
 # Between hosts
@@ -192,7 +211,7 @@ def test_full_reads_more_than_a_sample(folder, monkeypatch):
 
 FACTS = {
     "problems": [], "saved": True, "keys": {"data.train": "a" * 64}, "small": {"config.json": "c" * 64},
-    "sizes": {"model.safetensors": 1000}, "read_s": 1.0, "read_bytes": 2000,
+    "sizes": {"model.safetensors": 1000}, "read_s": 1.0, "read_bytes": 2000, "unread": 0,
     "wandb": {"mode": "off", "installed": True},
     "digests": {
         "/data/0.arrow": {"wanted": "5" * 64, "sha256": "5" * 64, "bytes": 1000},
@@ -237,6 +256,13 @@ def test_a_host_that_differs_is_named(change, check, part):
     assert (finding.check, finding.status, finding.where) == (check, "fail", "host n1")
     assert part in finding.found
     assert finding.remedy
+
+
+def test_a_first_rank_whose_check_broke_off_says_nothing_of_its_host():
+    """Its report is left out; the host's second rank has looked at nothing but bytes."""
+    reports = [Report(0, "n0", 0, FACTS), Report(1, "n0", 1, SECOND_RANK), Report(3, "n1", 1, SECOND_RANK)]
+    assert [finding for finding in inputs.judge(reports) if finding.status != "pass"] == []
+    assert {finding.status for finding in inputs.judge(reports[2:])} == {"pass"}
 
 
 def test_a_problem_of_all_hosts_is_one_finding():

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,12 @@ def facts(rank, **more):
     """One of four ranks on two hosts with two H100 each."""
     gpu = {"name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-{rank}", "total": 80 * GIB, "used_by_others": 0}
     return {
-        "device": "cuda", "torch_cuda": "13.0", "wants_cpu": False, "gpus_listed": 2, "gpus_seen": 2, "local_size": 2,
+        "device": "cuda", "torch_cuda": "13.0", "wants_cpu": False, "cuda_error": None, "gpus_listed": 2,
+        "gpus_seen": 2, "local_size": 2,
         "gpu": {**gpu, "health": HEALTHY},
         "product": {"best": 750e12, "median": 700e12, "dtype": "bfloat16", "size": 8192, "meanwhile": []},
         "limits": {"nofile": 65536, "memlock": None, "nproc": None, "core": 0},
-        "infiniband": ["mlx5_0"], "shm_bytes": 16 * GIB, "cores": 64, "threads": "8", "memory": 900 * GIB,
+        "infiniband": ["mlx5_0"], "shm_free": 16 * GIB, "cores": 64, "threads": "8", "memory": 900 * GIB,
         "state_bytes": 0, "optimizer_on_host": False, "ops": NO_OPS, **more,
     }  # fmt: skip
 
@@ -102,11 +104,20 @@ def test_two_ranks_on_one_gpu_fail():
     assert "LOCAL_RANK" in finding.remedy
 
 
-@pytest.mark.parametrize(("cuda", "part"), [(None, "without CUDA"), ("13.0", "for CUDA 13.0")])
-def test_gpus_that_torch_does_not_use_fail(cuda, part):
-    finding = only(lambda facts: facts.update(gpus_listed=2, torch_cuda=cuda), **ON_CPU)
+@pytest.mark.parametrize(
+    ("cuda", "error", "part", "remedy"),
+    [
+        (None, None, "it is built without CUDA", "install torch for"),
+        ("13.0", "Error 802: system not yet initialized", "Error 802: system not yet", "nvidia-fabricmanager"),
+        ("13.0", None, "it says no reason (it is built for CUDA 13.0)", "dmesg"),
+    ],
+)
+def test_gpus_that_torch_does_not_use_fail(cuda, error, part, remedy):
+    finding = only(lambda facts: facts.update(gpus_listed=2, torch_cuda=cuda, cuda_error=error), **ON_CPU)
     assert (finding.status, finding.where) == ("fail", "host n1")
     assert part in finding.found
+    assert remedy in finding.remedy
+    assert ("fabricmanager" in finding.remedy) == (cuda is not None)
     assert found(lambda facts: facts.update(gpus_listed=2, wants_cpu=True), **ON_CPU) == []
 
 
@@ -223,13 +234,20 @@ def test_locked_memory_matters_where_infiniband_is():
     assert found(lambda facts: facts.update(infiniband=[], limits={**facts["limits"], "memlock": 1})) == []
 
 
-def test_dockers_shared_memory_warns_where_ranks_share_a_host():
-    finding = only(lambda facts: facts.update(shm_bytes=64 * 2**20))
-    assert (finding.check, finding.status, finding.where) == ("/dev/shm", "warn", "host n1")
-    assert "64 MiB for 2 ranks" in finding.found
+@pytest.mark.parametrize(("mib", "status"), [(64, "warn"), (20, "warn"), (19, "fail")])
+def test_dockers_shared_memory_where_ranks_share_a_host(mib, status):
+    """Two ranks need 10 MiB each."""
+    finding = only(lambda facts: facts.update(shm_free=mib * 2**20))
+    assert (finding.check, finding.status, finding.where) == ("/dev/shm", status, "host n1")
+    assert f"{mib} MiB free for 2 ranks" in finding.found
     assert "--shm-size" in finding.remedy
-    alone = [Report(0, "n0", 0, facts(0, shm_bytes=64 * 2**20))]
+    alone = [Report(0, "n0", 0, facts(0, shm_free=mib * 2**20))]
     assert [finding.status for finding in machine._judge_shm(alone)] == ["pass"]
+
+
+def test_shared_memory_that_is_in_use_is_none(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=16 * GIB, free=1000))
+    assert machine.collect(None, torch.device("cpu"))["shm_free"] == 1000
 
 
 def test_states_that_do_not_fit_into_host_memory_fail():

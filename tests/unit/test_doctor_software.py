@@ -45,7 +45,7 @@ def test_another_version_fails_and_names_who_has_which(name):
     assert (finding.check, finding.status, finding.where) == ("versions", "fail", "host n1")
     assert f"{name} differs: {FACTS['versions'][name]} on host n0, 9.9 on host n1" == finding.found
     assert "install the same" in finding.remedy
-    assert finding.figures["versions"][1] == {"value": "9.9", "ranks": [2, 3]}
+    assert finding.figures["versions"][1] == {"value": "9.9", "ranks": [2, 3], "hosts": ["n1"]}
 
 
 def test_a_package_that_one_rank_lacks_fails():
@@ -116,13 +116,14 @@ def test_which_variables_count():
         "HOSTNAME": "n1",
         "WANDB_API_KEY": "swordfish",
         "TORCH_HUB_token": "swordfish",
-        "NCCL_SECRET": "swordfish",
+        "NCCL_IB_PKEY": "0x8001",
         "GLOO_PASSWORD": "swordfish",
         "NCCL_PROXY": "http://user:swordfish@proxy",
     }
     kept = shared_environment(given)
     assert set(kept) == {
         "NCCL_DEBUG", "TORCH_NCCL_BLOCKING_WAIT", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS", "NCCL_PROXY",
+        "NCCL_IB_PKEY",
     }  # fmt: skip
     assert "swordfish" not in json.dumps(kept)
 
