@@ -22,15 +22,28 @@ import torch.distributed as dist
 
 from data_prep.shards import read_manifest
 from sft.config import RunConfig
-from sft.doctor.finding import Finding
+from sft.doctor import fabric
+from sft.doctor.finding import Finding, Report
+from sft.doctor.gpus import multiply
 from sft.doctor.group import Group
 from sft.doctor.options import DoctorSection
-from sft.doctor.rates import GIB, Bandwidth, Link, bus_bandwidth, judge_bandwidth, judge_links, rounds, slow_links
+from sft.doctor.rates import (
+    GIB,
+    Bandwidth,
+    Link,
+    bus_bandwidth,
+    judge_bandwidth,
+    judge_links,
+    least_share,
+    rounds,
+    slow_links,
+)
 from sft.doctor.traffic import CHECK, ITEMSIZE, Workload, judge_traffic
 from sft.engine import Numerics, engine_settings, read_strategy
 from sft.errors import RankLost, UserError
 from sft.pretrained import choose_dtype
-from sft.retention import num_parameters
+from sft.watchdog import is_failed_collective
+from sft.weight_files import num_parameters
 
 SMALLEST = 2**16
 """Bytes of the first message, from which the others grow."""
@@ -71,33 +84,41 @@ Prepared = tuple[Callable[[], Any], Callable[[], bool]]
 """An operation, and whether it has brought the right values."""
 
 
-def measure(group: Group, config: RunConfig | None, device: torch.device, options: DoctorSection) -> list[Finding]:
+def measure(group: Group, config: RunConfig | None, device: torch.device, options: DoctorSection) -> Iterator[Finding]:
     """Bandwidths, links and latency; with a run, what they mean for it. Collective; the process group exists.
+
+    Each finding is given out as soon as it is known: what comes after it may break.
 
     Raises:
         RankLost: a collective did not end within options.limit_s, or its connection broke.
     """
     if group.world_size == 1:
-        return [Finding("bandwidth", "skip", "all ranks", "there is one rank: nothing travels")]
-    hosts = [place.host for place in group.meeting.places]
-    on_gpu = device.type == "cuda"
+        yield Finding("bandwidth", "skip", "all ranks", "there is one rank: nothing travels")
+        return
     with bounded(group, "measuring the network"):
+        ranks = _everyones(group, device)
+        yield from fabric.judge_settings(ranks)
         net = _make_groups(group, device, options.limit_s)
         most = options.network_mib * 2**20
-        found = []
-        several = [ranks for ranks in net.by_host if len(ranks) > 1]
+        several = [own for own in net.by_host if len(own) > 1]
         if several:
-            found += judge_bandwidth(_bandwidth(net, "within hosts", several, net.within, most), hosts, on_gpu=on_gpu)
+            yield from judge_bandwidth(_bandwidth(net, "within hosts", several, net.within, most), ranks)
         if net.rails:
-            between = _bandwidth(net, "between hosts", net.rails, net.between, most)
-            found += judge_bandwidth(between, hosts, on_gpu=on_gpu) + _links(net, most, hosts)
+            yield from judge_bandwidth(_bandwidth(net, "between hosts", net.rails, net.between, most), ranks)
+            yield from _links(net, most, ranks)
         overall = _bandwidth(net, "of all ranks", [list(range(group.world_size))], net.everyone, most)
-        found += judge_bandwidth(overall, hosts, on_gpu=on_gpu)
-        found.append(_latency(net))
+        yield from judge_bandwidth(overall, ranks)
+        yield _latency(net)
         _release_groups(net)
-    if config is not None:
-        found.append(_for_run(config, device, overall, group.world_size))
-    return found
+    if config is not None and group.rank == 0:  # it is rank 0's findings that are shown
+        yield _for_run(config, device, overall, group.world_size)
+
+
+def _everyones(group: Group, device: torch.device) -> list[Report]:
+    """What each rank has for its traffic, on every rank."""
+    told = group.gather("network: fabric", [group.local_rank, fabric.collect(device)])
+    places = group.meeting.places
+    return [Report(rank, places[rank].host, local, facts) for rank, (local, facts) in enumerate(told)]
 
 
 def _make_groups(group: Group, device: torch.device, limit_s: float) -> _Net:
@@ -174,16 +195,17 @@ def _pattern(count: int, rank: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count, dtype=torch.int32, device=device) + rank * 100_003
 
 
-def _links(net: _Net, most: int, hosts: list[str]) -> list[Finding]:
+def _links(net: _Net, most: int, ranks: list[Report]) -> list[Finding]:
     """Point to point on a ring of hosts; the best of several attempts where one looks slow."""
     links, wrong = _measure_links(net, most, 1)
+    share = least_share(ranks)
     for attempt in range(2, ATTEMPTS + 1):
-        if not slow_links(links):
+        if not slow_links(links, share):
             break
         again, wrong_again = _measure_links(net, most, attempt)
         links = {link: max(rate, again[link]) for link, rate in links.items()}
         wrong |= wrong_again
-    return judge_links(links, sorted(wrong), hosts)
+    return judge_links(links, sorted(wrong), ranks)
 
 
 def _measure_links(net: _Net, most: int, attempt: int) -> tuple[dict[Link, float], set[Link]]:
@@ -250,14 +272,17 @@ def _latency(net: _Net) -> Finding:
 def _grow(net: _Net, prepare: Callable[[int], Prepared], most: int) -> tuple[int, int]:
     """The largest size up to `most` that takes about LONGEST_S at most on every rank, and how often to repeat it."""
     size = min(SMALLEST, most)
-    _timed(net, prepare(size)[0])  # the first message connects
     while True:
-        slowest = torch.tensor(_timed(net, prepare(size)[0]), dtype=torch.float64, device=net.device)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=net.everyone)
+        operation, _ = prepare(size)
+        _timed(net, operation)  # the first message connects, and each size may take another way
+        times_s = [_timed(net, operation) for _ in range(2)]
+        slowest_s = torch.tensor(times_s, dtype=torch.float64, device=net.device)
+        dist.all_reduce(slowest_s, op=dist.ReduceOp.MAX, group=net.everyone)
         _finish(net)
+        time_s = slowest_s.min().item()  # of the slowest rank; one of two may have met with a stall
         larger = min(size * 4, most)
-        if size == most or slowest.item() * larger / size > LONGEST_S:
-            return size, max(FEWEST, min(MOST, int(REPEATS_S / slowest.item())))
+        if size == most or time_s * larger / size > LONGEST_S:
+            return size, max(FEWEST, min(MOST, int(REPEATS_S / time_s)))
         size = larger
 
 
@@ -292,9 +317,9 @@ def bounded(group: Group, doing: str) -> Iterator[None]:
     """torch's errors of lost connections and exceeded limits become RankLost, which names ranks and hosts."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # gloo raises it as it is, NCCL its child DistError
+    except RuntimeError as error:
+        if not is_failed_collective(error):
+            raise
         raise RankLost(_lost(group, doing, " ".join(str(error).split())[:200])) from error
 
 
@@ -326,21 +351,10 @@ def _for_run(config: RunConfig, device: torch.device, overall: Bandwidth, ranks:
         )
     except UserError as error:
         return Finding(CHECK, "skip", "all ranks", f"cannot be told: {error}")
-    flop_s = EFFICIENCY * _matmul_rate(device, dtype)
+    rate = multiply(device)
+    if rate["dtype"] != str(dtype).removeprefix("torch."):
+        return Finding(
+            CHECK, "skip", "all ranks", f"cannot be told: how fast this device computes in {dtype} is unknown"
+        )
+    flop_s = EFFICIENCY * rate["median"]
     return judge_traffic(work, overall.gib_s["all-gather"][0], overall.gib_s["reduce-scatter"][0], flop_s)
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this rank's device."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (512, 5)
-    factor = torch.randn(size, size, device=device).to(dtype)
-
-    def multiply_s(times: int) -> float:
-        started_s = time.perf_counter()
-        for _ in range(times):
-            product = factor @ factor
-        product[0, 0].item()  # waits for the device
-        return time.perf_counter() - started_s
-
-    multiply_s(2)
-    return 2 * size**3 * repeats / multiply_s(repeats)

@@ -248,7 +248,8 @@ def _write_model(folder: Path, size: Size) -> None:
         max_position_embeddings=size.document,
     )
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(settings).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(settings)
+    model.to(torch.bfloat16)
     # model.save_pretrained writes on global rank 0 alone where a process group exists
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from sft.doctor.finding import Finding
+from sft.doctor.finding import Finding, Status
 
 CHECK = "overlap_comm"
 
@@ -85,7 +85,7 @@ def judge(
         remedy = "training itself goes wrong on these hosts: see the findings on bandwidth and on the GPUs first"
         return Finding(CHECK, "fail", "all ranks", text, remedy, figures)
     if problem := _broken(on) or (_apart(difference, control) if difference.exceeds(limit) else None):
-        status = "fail" if wanted else "warn"
+        status: Status = "fail" if wanted else "warn"
         return Finding(CHECK, status, "all ranks", f"with it, on a small model: {problem}", leave_off, figures)
     if control.exceeds(TOO_UNLIKE):
         text = f"cannot be told: two trainings without it differ already ({control})"

@@ -6,16 +6,25 @@ Nothing is measured here: sft.doctor.network does that.
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_high
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sft.doctor.finding import Finding, Status
+from sft.doctor import fabric
+from sft.doctor.differences import place
+from sft.doctor.finding import Finding, Report, Status
 
 GIB = 2**30
-SLOW_FACTOR = 4
-"""So many times slower than its peers is no bad luck with other jobs on the switch but a defect: a port that came up at
-a tenth of its speed, half duplex, a broken lane."""
+BROKEN_SHARE = 0.25
+"""So little of its peers' rate is no bad luck with other jobs on the switch but a defect: a port that came up at a
+tenth of its speed, half duplex, a broken lane."""
+DOUBTFUL_SHARE = 0.6
+"""So little on GPUs deserves a look: every other lane or card is missing. Ranks on CPUs fight for cores: no sign there.
+"""
 LEAST_BETWEEN_HOSTS_GIB_S = 0.1
 """1 Gb/s Ethernet carries 0.11: GPU hosts that reach less talk through their management network."""
+LEAST_OF_PORTS = 0.2
+"""Share of what a host's InfiniBand ports carry. TCP over the same or another network stays below."""
+LEAST_OVER_NVLINK_GIB_S = 50.0
+"""Between the GPUs of a host. PCIe 5 carries 30 to 45, the slowest NVLink of these GPUs several times as much."""
 
 SLOW_REMEDY = (
     "check its cable, NIC, switch port, negotiated speed and duplex (ethtool, ibstat), traffic limits (tc qdisc) and "
@@ -27,8 +36,14 @@ WRONG_REMEDY = (
     "NCCL_IB_DISABLE=1"
 )
 INTERFACE_REMEDY = (
-    "point NCCL at the fast network (NCCL_SOCKET_IFNAME, NCCL_IB_HCA); NCCL_DEBUG=INFO tells what it has chosen"
+    "point NCCL at the fast network (NCCL_SOCKET_IFNAME, NCCL_IB_HCA); NCCL_DEBUG=INFO tells what it has chosen: "
+    "NET/IB, or NET/Socket, which is TCP"
 )
+NVLINK_REMEDY = (
+    "look at nvidia-smi nvlink --status and nvidia-smi topo -m, at nvidia-fabricmanager (systemctl status), and at "
+    "NCCL_DEBUG=INFO: P2P, or SHM, which goes through the host's memory"
+)
+LINKS = "links between hosts"
 
 Key = TypeVar("Key", bound=Hashable)
 Link = tuple[int, int]
@@ -67,12 +82,17 @@ def bus_bandwidth(bytes_per_rank: int, ranks: int, time_s: float) -> float:
     return (ranks - 1) * bytes_per_rank / time_s / GIB
 
 
-def far_slower(rates: Mapping[Key, float]) -> list[Key]:
-    """Those below a quarter of the median of all; of two, the faster one counts as the median."""
+def least_share(ranks: Sequence[Report]) -> float:
+    """At this share of its peers' rate and below, something is told as slow."""
+    return DOUBTFUL_SHARE if ranks[0].facts["gpu"] is not None else BROKEN_SHARE
+
+
+def slower(rates: Mapping[Key, float], share: float) -> list[Key]:
+    """Those at or below a share of the median of all; of two, the faster one counts as the median."""
     if not rates:
         return []
-    least = median_high(rates.values()) / SLOW_FACTOR
-    return [key for key, rate in rates.items() if rate < least]
+    most = median_high(rates.values()) * share
+    return [key for key, rate in rates.items() if rate <= most]
 
 
 def rounds(num_hosts: int) -> list[list[Link]]:
@@ -91,8 +111,8 @@ def rounds(num_hosts: int) -> list[list[Link]]:
     return there + back
 
 
-def slow_links(links: Mapping[Link, float]) -> set[Link]:
-    """Links far slower than the best ones of most ranks.
+def slow_links(links: Mapping[Link, float], share: float) -> set[Link]:
+    """Links at or below a share of the best ones of most ranks.
 
     A rank that is slow both ways spoils the links of its neighbours, but not all of them: so it is the best link of
     each rank that the median is taken of.
@@ -100,25 +120,25 @@ def slow_links(links: Mapping[Link, float]) -> set[Link]:
     best = {rank: max(rate for link, rate in links.items() if rank in link) for link in links for rank in link}
     if not best:
         return set()
-    least = median_high(best.values()) / SLOW_FACTOR
-    return {link for link, rate in links.items() if rate < least}
+    most = median_high(best.values()) * share
+    return {link for link, rate in links.items() if rate <= most}
 
 
-def judge_links(links: Mapping[Link, float], wrong: Iterable[Link], hosts: Sequence[str]) -> list[Finding]:
+def judge_links(links: Mapping[Link, float], wrong: Iterable[Link], ranks: Sequence[Report]) -> list[Finding]:
     """Findings on the single links between hosts: a slow end is named where two partners agree, else the direction.
 
     Args:
         links: GiB/s of each.
         wrong: links whose receiver did not get what was sent.
-        hosts: host of each rank.
+        ranks: all, with the facts of sft.doctor.fabric.
     """
-    check = "links between hosts"
+    hosts = [report.host for report in ranks]
     found = [
-        Finding(check, "fail", _who([receiver], hosts), f"{_arrow(sender, receiver, hosts)}: received other bytes than "
-                "were sent", WRONG_REMEDY)
+        Finding(LINKS, "fail", place([ranks[receiver]], ranks), f"{_arrow(sender, receiver, hosts)}: received other "
+                "bytes than were sent", WRONG_REMEDY)
         for sender, receiver in wrong
     ]  # fmt: skip
-    slow = slow_links(links)
+    slow, broken = (slow_links(links, share) for share in (least_share(ranks), BROKEN_SHARE))
     fast = median_high([rate for link, rate in links.items() if link not in slow])
     blamed: dict[tuple[str, str], list[Link]] = {}
     for link in sorted(slow):
@@ -126,29 +146,29 @@ def judge_links(links: Mapping[Link, float], wrong: Iterable[Link], hosts: Seque
     for (action, _), guilty in blamed.items():
         pairs = {pair: None for link in guilty for pair in (link, link[::-1])}
         told = ", ".join(f"{_arrow(*link, hosts)} {show(links[link])}" for link in pairs)
+        ends = [[ranks[rank] for rank in sorted({link[end] for link in guilty})] for end in (0, 1)]
         if action == "direction":
-            senders, receivers = (sorted({link[end] for link in guilty}) for end in (0, 1))
-            where, verb = f"{_who(senders, hosts)} to {_who(receivers, hosts)}", "this direction is slow"
+            where, verb = f"{place(ends[0], ranks)} to {place(ends[1], ranks)}", "this direction is slow"
         else:
-            ends = sorted({link[0 if action == "sends" else 1] for link in guilty})
-            where, verb = _who(ends, hosts), f"{action} slowly"
+            where, verb = place(ends[0 if action == "sends" else 1], ranks), f"{action} slowly"
         figures = {"gib_s": {_arrow(*link, hosts): links[link] for link in pairs}, "others_gib_s": fast}
-        found.append(Finding(check, "fail", where, f"{verb}: {told}; others {show(fast)}", SLOW_REMEDY, figures))
+        status: Status = "warn" if broken.isdisjoint(guilty) else "fail"
+        found.append(Finding(LINKS, status, where, f"{verb}: {told}; others {show(fast)}", SLOW_REMEDY, figures))
     if found:
         return found
     slowest = min(links, key=lambda link: links[link])
     text = f"{len(links)} links, {show(links[slowest])} ({_arrow(*slowest, hosts)}) to {show(max(links.values()))}"
     figures = {"gib_s": {_arrow(*link, hosts): rate for link, rate in links.items()}}
-    return [Finding(check, "pass", "all ranks", text, figures=figures)]
+    return [Finding(LINKS, "pass", "all ranks", text, figures=figures)]
 
 
-def judge_bandwidth(measured: Bandwidth, hosts: Sequence[str], *, on_gpu: bool) -> list[Finding]:
-    """Findings on the collectives of one kind of group; never a failure for slowness alone, but for a slow host.
+def judge_bandwidth(measured: Bandwidth, ranks: Sequence[Report]) -> list[Finding]:
+    """Findings on the collectives of one kind of group; a failure where values are wrong, or one group is far slower.
 
     Args:
-        hosts: host of each rank.
+        ranks: all, with the facts of sft.doctor.fabric.
     """
-    check, slowest = f"bandwidth {measured.what}", measured.slowest()
+    check = f"bandwidth {measured.what}"
     figures = {
         "groups": measured.groups,
         "mib_per_rank": measured.mib,
@@ -156,32 +176,56 @@ def judge_bandwidth(measured: Bandwidth, hosts: Sequence[str], *, on_gpu: bool) 
         "formula": "(W - 1) x bytes per rank / time, as in nccl-tests",
     }
     found = [
-        Finding(
-            check, "fail", _who(ranks, hosts), f"{name}: received other values than were sent", WRONG_REMEDY, figures
-        )
-        for name, ranks in measured.wrong.items()
-        if ranks
-    ]
-    if measured.what == "within hosts":
-        rates = {hosts[ranks[0]]: rate for ranks, rate in zip(measured.groups, slowest, strict=True)}
-        for host in far_slower(rates):
-            others = show(median_high([rate for name, rate in rates.items() if name != host]))
-            text = f"{show(rates[host])} among its ranks, others {others}"
-            remedy = "compare nvidia-smi topo -m and nvidia-smi nvlink --status with a good host's; or leave it out"
-            found.append(Finding(check, "fail", f"host {host}", text, remedy, figures))
+        Finding(check, "fail", place([ranks[rank] for rank in wrong], ranks), f"{name}: received other values than "
+                "were sent", WRONG_REMEDY, figures)
+        for name, wrong in measured.wrong.items()
+        if wrong
+    ]  # fmt: skip
+    found += _judge_groups(check, measured, ranks, figures)
     if found:
         return found
     told = ", ".join(f"{name} {_range(rates)}" for name, rates in measured.gib_s.items())
     text = f"{told} per rank ({_sizes(measured)})"
-    status: Status = "pass"
-    remedy = ""
     if measured.what == "between hosts":
-        per_host = sum(slowest)
-        text += f"; {show(per_host)} per host"
-        if on_gpu and per_host < LEAST_BETWEEN_HOSTS_GIB_S:
-            status, remedy = "warn", INTERFACE_REMEDY
-            text += f", less than 1 Gb/s Ethernet ({LEAST_BETWEEN_HOSTS_GIB_S} GiB/s)"
-    return [Finding(check, status, "all ranks", text, remedy, figures)]
+        text += f"; {show(sum(measured.slowest()))} per host"
+    problem, remedy = _too_slow(measured, ranks)
+    if problem:
+        return [Finding(check, "warn", "all ranks", f"{text}, {problem}", remedy, figures)]
+    return [Finding(check, "pass", "all ranks", text, figures=figures)]
+
+
+def _judge_groups(check: str, measured: Bandwidth, ranks: Sequence[Report], figures: dict[str, Any]) -> list[Finding]:
+    """Those that are slower than the others of their kind: a host, or the i-th ranks of all hosts."""
+    rates = dict(enumerate(measured.slowest()))
+    broken = slower(rates, BROKEN_SHARE)
+    found = []
+    for index in slower(rates, least_share(ranks)):
+        if measured.what == "within hosts":
+            where, among = f"host {ranks[measured.groups[index][0]].host}", "among its ranks"
+            remedy = "compare nvidia-smi topo -m and nvidia-smi nvlink --status with a good host's; or leave it out"
+        else:
+            where, among = f"local rank {index} of every host", "among them"
+            remedy = "compare the network cards nearest to these GPUs with the others (nvidia-smi topo -m, ibstat)"
+        others = show(median_high([rate for other, rate in rates.items() if other != index]))
+        text = f"{show(rates[index])} {among}, others {others}"
+        found.append(Finding(check, "fail" if index in broken else "warn", where, text, remedy, figures))
+    return found
+
+
+def _too_slow(measured: Bandwidth, ranks: Sequence[Report]) -> tuple[str, str]:
+    """(what all GPU hosts alike fall short of, what to do); empty where they do not."""
+    gpus = [report.facts["gpu"] for report in ranks]
+    slowest = measured.slowest()
+    if measured.what == "within hosts" and all(map(fabric.has_nvlink, gpus)) and min(slowest) < LEAST_OVER_NVLINK_GIB_S:
+        return f"too little for the NVLink of {gpus[0]}", NVLINK_REMEDY
+    if measured.what != "between hosts" or gpus[0] is None:
+        return "", ""
+    ports_gib_s = fabric.port_gib_s(ranks)
+    if sum(slowest) < LEAST_OF_PORTS * ports_gib_s:
+        return f"less than {LEAST_OF_PORTS:.0%} of the {show(ports_gib_s)} of its InfiniBand ports", INTERFACE_REMEDY
+    if sum(slowest) < LEAST_BETWEEN_HOSTS_GIB_S:
+        return f"less than 1 Gb/s Ethernet ({LEAST_BETWEEN_HOSTS_GIB_S} GiB/s)", INTERFACE_REMEDY
+    return "", ""
 
 
 def show(gib_s: float) -> str:
@@ -203,16 +247,6 @@ def _blame(link: Link, slow: set[Link], links: Mapping[Link, float], hosts: Sequ
     if receives and not sends:
         return "receives", hosts[receiver]
     return "direction", f"{hosts[sender]} {hosts[receiver]}"
-
-
-def _who(ranks: list[int], hosts: Sequence[str]) -> str:
-    """All ranks of a host are the host."""
-    names = []
-    for host in dict.fromkeys(hosts[rank] for rank in ranks):
-        own = [rank for rank in ranks if hosts[rank] == host]
-        whole = len(own) == list(hosts).count(host)
-        names += [f"host {host}"] if whole else [f"rank {rank} on {host}" for rank in own]
-    return ", ".join(names)
 
 
 def _arrow(sender: int, receiver: int, hosts: Sequence[str]) -> str:

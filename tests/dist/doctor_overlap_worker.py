@@ -2,7 +2,7 @@
 
     doctor_overlap_worker OUT --config options by flag
 
-Rank 0 writes OUT: {case: findings, or the text of RankLost, and "seconds"}.
+Rank 0 writes OUT: {case: "found": all findings, as the doctor gathers them, "error": what RankLost says, "seconds"}.
 """
 
 import json
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from sft.config import RunConfig
 from sft.doctor import network, overlap
+from sft.doctor.finding import Finding
 from sft.doctor.group import Group
 from sft.doctor.options import DoctorSection
 from sft.engine import join
@@ -41,14 +42,18 @@ def main(argv: list[str]) -> None:
 
     def record(case: str, hosts: tuple[str, str], check: Callable[..., Any], *options: Any) -> None:
         started_s = time.monotonic()
+        found: list[Finding] = []
+        error = ""
         try:
-            found = [asdict(finding) for finding in check(group_of(meeting, case, hosts), *options)]
-        except RankLost as lost:
-            found = str(lost)
-        told[case] = {"found": found, "seconds": time.monotonic() - started_s}
+            found += check(group_of(meeting, case, hosts), *options)
+        except RankLost as broken:
+            error = str(broken)
+        seconds = time.monotonic() - started_s
+        told[case] = {"found": [asdict(finding) for finding in found], "error": error, "seconds": seconds}
 
-    record("one host", ONE_HOST, network.measure, config, device, quick)
-    record("two hosts", TWO_HOSTS, network.measure, None, device, quick)
+    for rate, case, hosts in ((1e6, "one host", ONE_HOST), (1e18, "two hosts", TWO_HOSTS)):
+        with instead(network, "multiply", lambda _: lambda device, rate=rate: {"median": rate, "dtype": "float32"}):
+            record(case, hosts, network.measure, config, device, quick)
     with instead(dist, "all_gather_into_tensor", corrupting(meeting.rank)):
         record("corrupt", TWO_HOSTS, network.measure, None, device, quick)
     with instead(dist, "send", slow(meeting.rank)):
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> None:
     with instead(overlap, "build_engine", wrong_with_overlap(meeting.rank)):
         record("wrong gradients", ONE_HOST, overlap.measure, with_file(config, out, 2, True), device, quick)
     hanging = quick.model_copy(update={"limit_s": 3.0})
-    with instead(dist, "all_gather_into_tensor", late(meeting.rank)):
+    with instead(network, "_latency", late(meeting.rank)):
         record("hang", TWO_HOSTS, network.measure, None, device, hanging)
     if meeting.rank == 0:
         Path(out).write_text(json.dumps(told))
@@ -113,12 +118,12 @@ def slow(rank: int) -> Callable[[Any], Any]:
 
 
 def late(rank: int) -> Callable[[Any], Any]:
-    """Rank 1 comes after the limit."""
+    """Rank 1 comes to the last part after the limit."""
 
-    def make(all_gather: Any) -> Any:
-        def delayed(*tensors: torch.Tensor, **group: Any) -> None:
+    def make(latency: Any) -> Any:
+        def delayed(net: Any) -> Any:
             time.sleep(6 if rank == 1 else 0)
-            all_gather(*tensors, **group)
+            return latency(net)
 
         return delayed
 

@@ -5,17 +5,19 @@ import json
 import pytest
 import torch
 
+from sft.doctor import fabric
+from sft.doctor.finding import Report
 from sft.doctor.overlap_verdict import Difference, Trained, judge, largest_relative
 from sft.doctor.rates import (
     GIB,
     Bandwidth,
     bus_bandwidth,
-    far_slower,
     judge_bandwidth,
     judge_links,
     rounds,
     show,
     slow_links,
+    slower,
 )
 from sft.doctor.traffic import Workload, judge_traffic, volume
 
@@ -30,7 +32,17 @@ ON_TWO_NODES = {
     "seq_len": 4096,
     "recompute": True,
 }
-THREE_HOSTS = ["n1", "n2", "n3"]
+SXM = "NVIDIA H100 80GB HBM3"
+
+
+def on(*hosts: str, **facts: object) -> list[Report]:
+    """Ranks on these hosts, CPUs where nothing else is said."""
+    told = {"gpu": None, "ports_gbit_s": [], "disabled": [], **facts}
+    return [Report(rank, host, hosts[:rank].count(host), told) for rank, host in enumerate(hosts)]
+
+
+THREE_HOSTS = on("n1", "n2", "n3")
+FOUR_HOSTS = on("n1", "n2", "n3", "n4")
 
 
 def strategy(stage: int, **zero: object) -> dict:
@@ -92,11 +104,11 @@ def test_without_recomputation_less_is_hidden():
     assert judge_traffic(work, 50, 50, 400e12).figures["compute_s"] == pytest.approx(0.7997, rel=1e-3)
 
 
-def test_far_slower():
-    assert far_slower({"n1": 10.0, "n2": 9.0, "n3": 2.4}) == []  # a quarter of 9 is 2.25
-    assert far_slower({"n1": 10.0, "n2": 9.0, "n3": 2.2}) == ["n3"]
-    assert far_slower({"n1": 10.0, "n2": 2.0}) == ["n2"]
-    assert far_slower({"n1": 10.0}) == far_slower({}) == []
+def test_slower():
+    assert slower({"n1": 10.0, "n2": 9.0, "n3": 2.3}, 0.25) == []  # a quarter of 9 is 2.25
+    assert slower({"n1": 10.0, "n2": 9.0, "n3": 2.25}, 0.25) == ["n3"]
+    assert slower({"n1": 10.0, "n2": 2.0}, 0.25) == ["n2"]
+    assert slower({"n1": 10.0}, 0.6) == slower({}, 0.6) == []
 
 
 @pytest.mark.parametrize(("num_hosts", "num_rounds"), [(2, 2), (3, 6), (4, 4), (5, 6), (16, 4), (17, 6)])
@@ -122,7 +134,7 @@ def ring(num_hosts: int, **slow: float) -> dict:
 
 
 def test_healthy_links():
-    (found,) = judge_links(ring(4), [], ["n1", "n2", "n3", "n4"])
+    (found,) = judge_links(ring(4), [], FOUR_HOSTS)
     assert (found.status, found.where, found.remedy) == ("pass", "all ranks", "")
 
 
@@ -134,7 +146,7 @@ def test_a_host_that_sends_slowly():
 
 
 def test_a_host_that_receives_slowly():
-    (found,) = judge_links(ring(4, receives_3=1.0), [], ["n1", "n2", "n3", "n4"])
+    (found,) = judge_links(ring(4, receives_3=1.0), [], FOUR_HOSTS)
     assert (found.status, found.where) == ("fail", "host n4")
     assert found.found.startswith("receives slowly: ")
 
@@ -147,7 +159,7 @@ def test_a_host_that_is_slow_both_ways():
 
 
 def test_two_hosts_cannot_tell_which_end():
-    (found,) = judge_links({(0, 1): 0.9 / 1024, (1, 0): 0.8}, [], ["hosta", "hostb"])
+    (found,) = judge_links({(0, 1): 0.9 / 1024, (1, 0): 0.8}, [], on("hosta", "hostb"))
     assert (found.status, found.where) == ("fail", "host hosta to host hostb")
     assert "hosta -> hostb 0.9 MiB/s, hostb -> hosta 819 MiB/s" in found.found
     json.dumps(found.figures)
@@ -155,14 +167,14 @@ def test_two_hosts_cannot_tell_which_end():
 
 def test_a_single_slow_link_is_nobodys():
     links = ring(4) | {(1, 2): 1.0}
-    assert slow_links(links) == {(1, 2)}
-    (found,) = judge_links(links, [], ["n1", "n2", "n3", "n4"])
+    assert slow_links(links, 0.25) == {(1, 2)}
+    (found,) = judge_links(links, [], FOUR_HOSTS)
     assert found.where == "host n2 to host n3"
 
 
 def test_one_network_card_of_a_host():
     """Two ranks per host, each with a card: rank 3's sends slowly."""
-    hosts = ["n1", "n1", "n2", "n2", "n3", "n3"]
+    hosts = on("n1", "n1", "n2", "n2", "n3", "n3")
     links = {(2 * a + i, 2 * b + i): 10.0 for links in rounds(3) for a, b in links for i in (0, 1)}
     links |= {link: 1.0 for link in links if link[0] == 3}
     (found,) = judge_links(links, [], hosts)
@@ -172,12 +184,12 @@ def test_one_network_card_of_a_host():
 
 def test_one_network_card_of_two_hosts():
     links = {(0, 2): 10.0, (2, 0): 10.0, (1, 3): 0.5, (3, 1): 10.0}
-    (found,) = judge_links(links, [], ["n1", "n1", "n2", "n2"])
+    (found,) = judge_links(links, [], on("n1", "n1", "n2", "n2"))
     assert found.where == "rank 1 on n1 to rank 3 on n2"
 
 
 def test_wrong_bytes_on_a_link():
-    found = judge_links(ring(2), [(0, 1)], ["n1", "n2"])
+    found = judge_links(ring(2), [(0, 1)], on("n1", "n2"))
     assert [(one.status, one.where) for one in found] == [("fail", "host n2")]
     assert "n1 -> n2: received other bytes than were sent" in found[0].found
 
@@ -188,12 +200,93 @@ def measured(what: str, groups: list, all_gather: list, **more: object) -> Bandw
 
 
 def test_a_host_whose_own_ranks_are_slow():
-    hosts = ["n1", "n1", "n2", "n2", "n3", "n3"]
+    hosts = on("n1", "n1", "n2", "n2", "n3", "n3")
     bandwidth = measured("within hosts", [[0, 1], [2, 3], [4, 5]], [300.0, 20.0, 310.0])
-    (found,) = judge_bandwidth(bandwidth, hosts, on_gpu=True)
+    (found,) = judge_bandwidth(bandwidth, hosts)
     assert (found.status, found.where, found.found) == ("fail", "host n2", "20 GiB/s among its ranks, others 310 GiB/s")
-    (found,) = judge_bandwidth(measured("within hosts", [[0, 1], [2, 3]], [300.0, 100.0]), hosts[:4], on_gpu=True)
-    assert found.status == "pass"
+    (found,) = judge_bandwidth(measured("within hosts", [[0, 1], [2, 3]], [300.0, 100.0]), hosts[:4])
+    assert found.status == "pass", "ranks on CPUs fight for cores"
+
+
+@pytest.mark.parametrize(("rate", "status"), [(0.65, "pass"), (0.6, "warn"), (0.26, "warn"), (0.25, "fail")])
+def test_on_gpus_part_of_the_peers_rate_is_told(rate, status):
+    """Of a host's ranks, of the ranks on one network card of every host, of a link: warn at 0.6, fail at a quarter."""
+    four = on("n1", "n1", "n2", "n2", gpu=SXM)
+    (found,) = judge_bandwidth(measured("within hosts", [[0, 1], [2, 3]], [300.0, 300.0 * rate]), four)
+    assert (found.status, found.where) == (status, "all ranks" if status == "pass" else "host n2")
+    (found,) = judge_bandwidth(measured("between hosts", [[0, 2], [1, 3]], [40.0, 40.0 * rate]), four)
+    assert (found.status, found.where) == (status, "all ranks" if status == "pass" else "local rank 1 of every host")
+    slow = [found for found in judge_links(ring(3, sends_1=10.0 * rate), [], on("n1", "n2", "n3", gpu=SXM))]
+    assert [(found.status, found.where) for found in slow] == [(status, "all ranks" if status == "pass" else "host n2")]
+    (found,) = judge_links(ring(3, sends_1=10.0 * rate), [], THREE_HOSTS)
+    assert found.status == ("fail" if rate == 0.25 else "pass"), "control: on CPUs"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "rate", "status"),
+    [
+        (SXM, 9.0, "warn"),
+        (SXM, 49.0, "warn"),
+        (SXM, 51.0, "pass"),
+        ("NVIDIA H100 PCIe", 9.0, "pass"),
+        ("NVIDIA H100 NVL", 9.0, "pass"),
+        ("NVIDIA A100-SXM4-80GB", 9.0, "warn"),
+        ("NVIDIA A100 80GB PCIe", 9.0, "pass"),
+        ("NVIDIA L40S", 9.0, "pass"),
+    ],
+)
+def test_hosts_that_all_lack_their_nvlink(gpu, rate, status):
+    ranks = on("n1", "n1", "n2", "n2", gpu=gpu)
+    (found,) = judge_bandwidth(measured("within hosts", [[0, 1], [2, 3]], [rate, rate]), ranks)
+    assert (found.status, found.where) == (status, "all ranks")
+    assert ("nvlink --status" in found.remedy) == (status == "warn")
+
+
+@pytest.mark.parametrize(
+    ("ports", "rate", "status"),
+    [
+        ([400.0, 400.0], 0.55, "warn"),  # TCP: 1.1 GiB/s where 93 are possible
+        ([400.0, 400.0], 9.0, "warn"),
+        ([400.0, 400.0], 9.5, "pass"),
+        ([400.0] * 8, 9.5, "pass"),  # two ranks are not expected to use eight ports
+        ([400.0], 4.6, "warn"),
+        ([400.0], 4.7, "pass"),
+        ([], 0.55, "pass"),
+    ],
+)
+def test_hosts_that_do_not_use_their_infiniband(ports, rate, status):
+    ranks = on("n1", "n1", "n2", "n2", gpu=SXM, ports_gbit_s=ports)
+    (found,) = judge_bandwidth(measured("between hosts", [[0, 2], [1, 3]], [rate, rate]), ranks)
+    assert found.status == status
+    assert ("of its InfiniBand ports" in found.found) == ("NET/Socket" in found.remedy) == (status == "warn")
+
+
+def test_ports_as_the_kernel_tells_them(tmp_path):
+    for name, state, rate in (("mlx5_0", "4: ACTIVE", "400 Gb/sec (4X NDR)"), ("mlx5_1", "1: DOWN", "10 Gb/sec (4X)"),
+                              ("mlx5_2", "4: ACTIVE", "2.5 Gb/sec (1X SDR)"), ("odd", "4: ACTIVE", None)):  # fmt: skip
+        port = tmp_path / name / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+        if rate:
+            (port / "rate").write_text(f"{rate}\n")
+    assert fabric.port_rates(tmp_path) == [400.0, 2.5]
+    assert fabric.port_rates(tmp_path / "none") == []
+
+
+def test_settings_that_close_the_fast_way(monkeypatch):
+    monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
+    assert fabric.collect(torch.device("cpu"))["disabled"] == ["NCCL_IB_DISABLE"]
+    off = {"disabled": ["NCCL_IB_DISABLE"], "ports_gbit_s": [400.0]}
+    (found,) = fabric.judge_settings(on("n1", "n2", gpu=SXM, **off))
+    assert (found.status, found.where) == ("warn", "all ranks")
+    assert found.remedy.startswith("unset NCCL_IB_DISABLE")
+    for harmless in (on("n1", "n1", gpu=SXM, **off), on("n1", "n2", **off), on("n1", "n2", gpu=SXM),
+                     on("n1", "n2", gpu=SXM, **off | {"ports_gbit_s": []})):  # fmt: skip
+        assert fabric.judge_settings(harmless) == []
+    (found,) = fabric.judge_settings(on("n1", "n1", gpu=SXM, disabled=["NCCL_P2P_DISABLE"]))
+    assert "through its memory" in found.found
+    assert fabric.judge_settings(on("n1", "n2", gpu=SXM, disabled=["NCCL_P2P_DISABLE"])) == []
 
 
 @pytest.mark.parametrize(
@@ -202,14 +295,14 @@ def test_a_host_whose_own_ranks_are_slow():
 def test_gpu_hosts_on_a_management_network(rate, on_gpu, status):
     """Two ranks per host share the link: 0.04 GiB/s each are 0.08 per host, less than 1 Gb/s Ethernet."""
     bandwidth = measured("between hosts", [[0, 2], [1, 3]], [rate, rate])
-    (found,) = judge_bandwidth(bandwidth, ["n1", "n1", "n2", "n2"], on_gpu=on_gpu)
+    (found,) = judge_bandwidth(bandwidth, on("n1", "n1", "n2", "n2", gpu=SXM if on_gpu else None))
     assert found.status == status
     assert ("NCCL_SOCKET_IFNAME" in found.remedy) == (status == "warn")
 
 
 def test_wrong_values_are_a_failure_however_fast():
     bandwidth = measured("of all ranks", [[0, 1, 2, 3]], [100.0], **{"reduce-scatter": [2, 3]})
-    (found,) = judge_bandwidth(bandwidth, ["n1", "n1", "n2", "n2"], on_gpu=True)
+    (found,) = judge_bandwidth(bandwidth, on("n1", "n1", "n2", "n2"))
     assert (found.status, found.where) == ("fail", "host n2")
     assert found.found == "reduce-scatter: received other values than were sent"
 
