@@ -11,12 +11,21 @@ import pytest
 import yaml
 
 from tests import tiny
+from tests.dist import forked
 
 pytestmark = [pytest.mark.e2e, pytest.mark.dist]
 
 
 def sft(*arguments, expect=0):
-    done = tiny.run([sys.executable, "-m", "sft.cli", *map(str, arguments)])
+    return checked(tiny.run([sys.executable, "-m", "sft.cli", *map(str, arguments)]), expect)
+
+
+def sft_again(*arguments, expect=0):
+    """For a command that has run as above once: without its seconds of imports."""
+    return checked(forked.run("sft.cli", *map(str, arguments)), expect)
+
+
+def checked(done, expect):
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -99,7 +108,7 @@ def test_metrics_have_every_step_once_and_all_keys(work):
 def test_the_resolved_config_is_saved_and_runs(work):
     saved = yaml.safe_load((work / "run" / "config.yaml").read_text())
     assert saved["schedule"]["warmup"] == 0.03
-    again = sft("train", "--config", work / "run" / "config.yaml", "--ranks", 2)
+    again = sft_again("train", "--config", work / "run" / "config.yaml", "--ranks", 1)
     assert "finished" in again.stdout
 
 
@@ -115,9 +124,7 @@ def test_a_gate_that_fails_exits_with_3_after_the_report(work, base_model, tmp_p
     pairs = [(base_model, broken), (broken, base_model)]  # one direction must lose something
     codes = []
     for base, tuned in pairs:
-        done = tiny.run(
-            [sys.executable, "-m", "sft.cli", "drift", "--base", str(base), "--tuned", str(tuned), *map(str, options)]
-        )
+        done = forked.run("sft.cli", "drift", "--base", str(base), "--tuned", str(tuned), *map(str, options))
         codes.append(done.returncode)
         assert (tmp_path / "out" / "drift.json").is_file()
     assert 3 in codes
@@ -142,9 +149,8 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(work, name):
     flags, expected = BAD[name]
     before = files_below(work)
-    done = sft(
-        "train", "--config", work / "run.yaml", "--ranks", 2, *[flag.format(work=work) for flag in flags], expect=2
-    )
+    flags = [flag.format(work=work) for flag in flags]
+    done = sft_again("train", "--config", work / "run.yaml", "--ranks", 2, *flags, expect=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, done.stderr
     assert expected in errors[0]

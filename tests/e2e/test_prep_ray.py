@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -70,14 +69,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "tokenizer": make_tokenizer(folder / "tokenizer"),
         "seq_len": 1024,
         "heldout": 0.1,
+        "local": folder / "local",
     }
-    subprocess.run(
-        [sys.executable, "-c", SMALL_BLOCKS, *flags(**options, workers=1, out=folder / "local")],
-        check=True,
-        capture_output=True,
-        env=environment(folder),
-    )
-    return {**options, "local": folder / "local"}
+    run_locally(folder, **options)
+    return options
+
+
+def run_locally(home: Path, local: Path, **options: object) -> None:
+    """The job by a worker of its own process, into `local`."""
+    command = [sys.executable, "-c", SMALL_BLOCKS, *flags(**options, workers=1, out=local)]
+    subprocess.run(command, check=True, capture_output=True, env=environment(home))
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
@@ -141,11 +142,9 @@ def test_same_bytes_as_local_workers_and_nothing_left_behind(start, job, tmp_pat
     assert (code, stderr) == (0, stderr if code == 0 else "")
     assert "Token" not in stderr
     assert content(tmp_path / "out") == content(job["local"])
-    shutil.rmtree(tmp_path / "out")
-    other = start(workers=2, seq_len=1023)
-    assert ended(other)[0] == 0
-    assert content(tmp_path / "out") != content(job["local"]), "the comparison notices another job"
-    wait_until(lambda: not left_behind(process.pid, other.pid))
+    run_locally(tmp_path, **{**job, "seq_len": 1023, "local": tmp_path / "other"})
+    assert content(tmp_path / "other") != content(job["local"]), "control: the comparison notices another job"
+    wait_until(lambda: not left_behind(process.pid))
 
 
 def left_behind(*sessions: int) -> list[int]:

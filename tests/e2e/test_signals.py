@@ -8,6 +8,7 @@ import pytest
 from sft.checkpoint import newest_complete, read_meta
 from sft.errors import EXIT_PREEMPTED
 from tests import tiny
+from tests.dist import forked
 from tests.dist.stand_in import processes_in, wait_until
 from tests.dist.training import SETTINGS, metrics
 
@@ -21,7 +22,7 @@ def has_stepped(run):
 
 
 def test_stopped_by_a_signal_it_goes_on(tmp_path, base_model, prepared, strategy):
-    """The same command both times; left alone, it would save at its end only."""
+    """With the same flags; left alone, it would save at its end only. test_pipeline resumes by the command."""
     run = tmp_path / "run"
     settings = {**SETTINGS, "model.path": base_model, "data.train": prepared / "train", "deepspeed": strategy,
                 "train.max_steps": STEPS, "checkpoint.every": 1000, "out": run}  # fmt: skip
@@ -44,7 +45,7 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path, base_model, prepared, strategy
     assert read_meta(newest_complete(run / "checkpoints"))["step"] == len(done)
     assert tiny.read_jsonl(run / "events.jsonl")[-1]["event"] == "preempt"
 
-    again = tiny.run(command, cwd=tmp_path)
+    again = forked.run_ranks(2, "sft.train", *flags)
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
