@@ -36,8 +36,6 @@ SURVEY_S = 1.0
 """Between two looks at who the ranks of this host are."""
 REMOTE_S = 30.0
 """For a signal to reach the ranks of other hosts over ssh, and between two attempts."""
-OTHER_HOSTS_WAIT_S = 10.0
-"""srun ends all nodes as soon as one has failed; an ending that all share should come from each of them."""
 BAD_INPUT_WAIT_S = 15.0
 """After one rank has refused its input: the others say the same by then, or wait for it in vain."""
 REST_WAIT_S = 45.0
@@ -89,8 +87,6 @@ def supervise(job: Job, say: Callable[[str], None]) -> int:
         _tell(say, f"error: {who} on {os.uname().nodename} ended without a word: killed, out of memory perhaps")
     if code == 1 and course.launched.returncode == 0:
         _tell(say, "error: the ranks ended before the last step; see their output above")
-    if code > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        time.sleep(OTHER_HOSTS_WAIT_S)
     return code
 
 

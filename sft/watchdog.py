@@ -74,7 +74,7 @@ class Watchdog:
         stacks: Path,
         store: dist.Store,
     ) -> None:
-        self._meeting_store = store
+        self._shared_store = store
         self._rank, self._world_size = rank, world_size
         self._lost_after_s, self._hang_after_s = lost_after_s, hang_after_s
         self._interval_s = min(LONGEST_INTERVAL_S, lost_after_s / 6)
@@ -83,11 +83,9 @@ class Watchdog:
         self._trains = threading.get_ident()
         self._beats, self._has_ended, self._beating = 0, False, threading.Lock()
         self._stood_still_s, self._woke_s = 0.0, float("-inf")
-        self._leaving, self._knows = threading.Lock(), False
-        self._stop = threading.Event()
-        self._waits = threading.Event()  # the main thread is in __exit__ and waits for a verdict
-        self._found = threading.Event()  # and has it
-        self._reason = ""
+        self._leaving, self._knows, self._stop = threading.Lock(), False, threading.Event()
+        # the main thread is in __exit__ and waits for a verdict; and has it
+        self._waits, self._found, self._reason = threading.Event(), threading.Event(), ""
 
     def mark(self, phase: str, step: int, limit_s: float | None = None) -> None:
         """The main thread gets on: it begins `phase` of 1-based `step`, which may take `limit_s` (hang_after_s)."""
@@ -100,7 +98,7 @@ class Watchdog:
         Raises:
             RankLost: ranks did not come within hang_after_s.
         """
-        self._store = _own_connection(self._meeting_store, timedelta(seconds=self._hang_after_s + 60))
+        self._store = _own_connection(self._shared_store, timedelta(seconds=self._hang_after_s + 60))
         self._put_beat()
         try:
             self._members = self._meet()

@@ -124,27 +124,6 @@ def test_single_node_command(recorded):
     assert recorded("single_node.sh", "run.yaml", *overrides, MASTER_PORT="29501") == [expected]
 
 
-def test_multi_node_command(recorded, tmp_path):
-    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
-    expected = ["--log_level", "error", "--hostfile", "hosts", "--force_multi", "--master_port", "29500",
-                "--no_ssh_check", "--master_addr", "10.0.0.1"]  # fmt: skip
-    options = ["--config", "run.yaml", "--optim.lr", "1e-5"]
-    assert recorded("multi_node.sh", "hosts", *options[1:], MASTER_ADDR="10.0.0.1") == [
-        [*expected, "--module", "sft.train", *options]
-    ]
-
-
-SLURM_JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "ranks", "module"),
-    [
-        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": ""}, 8, "sft.train"),
-        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "3"}, 3, "sft.train"),
-        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "", "JOB": "doctor"}, 8, "sft.doctor"),
-    ],
-)
 def test_slurm_starts_one_launcher_per_node(recorded, tmp_path, variables, ranks, module):
     calls = recorded("slurm.sbatch", "run.yaml", "--out", "a b", **SLURM_JOB, **variables)
     hostfile = str(tmp_path / "hostfile-77")
@@ -350,34 +329,6 @@ def test_slurm_goes_back_into_the_queue_only_to_go_on(tmp_path, code, state, bef
     assert job.returncode == code
     assert job.stderr == (f"{told}\n" if told else "")
     assert (tmp_path / "requeued").exists() == ("goes back" in (told or ""))
-
-
-@pytest.mark.dist
-def test_multi_node_reaches_ranks_that_it_did_not_start(tmp_path):
-    """As below sshd: launch.py is no descendant of the script, which ends when launch.py has."""
-    folder = stand_in.make_workplace(tmp_path / "work")
-    (folder / "hosts").write_text("a slots=2\n")
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    bare = f"{VENV}/deepspeed --log_level error --master_port $MASTER_PORT"
-    make_command(
-        commands,
-        "deepspeed",  # for pdsh and ssh: whatever it was asked for, in another session and below another parent
-        f"""echo "$*" >asked
-(setsid bash -c '{bare} --module sft.train --config run.yaml; echo $? >code.tmp; mv code.tmp code' &)
-until [[ -f code ]]; do sleep 0.1; done
-exit "$(<code)\"""",
-    )
-    environment = stand_in.environment('{"save_s": [1, 1]}', MASTER_ADDR="127.0.0.1")
-    environment["PATH"] = f"{commands}:{environment['PATH']}"
-    script = [ROOT / "launch" / "multi_node.sh", "hosts", "run.yaml"]
-    command = subprocess.Popen(script, cwd=folder, env=environment)
-    stand_in.wait_until(lambda: stand_in.have_begun(folder))
-    command.send_signal(signal.SIGTERM)
-    assert command.wait(timeout=60) == 75
-    assert len(list(folder.glob("rank*.saved"))) == 2
-    assert "--hostfile hosts --force_multi" in (folder / "asked").read_text()
-    assert stand_in.processes_in(folder) == []
 
 
 # Recipes
