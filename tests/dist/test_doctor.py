@@ -1,15 +1,15 @@
 """`sft doctor` on two CPU ranks with a real run, healthy and with planted faults. Run: pytest tests/dist/test_doctor.py
 
-Every module-scoped launch is asked by several tests: a rank imports for seconds.
+What was launched is asked by several tests, and all but the healthy launch come from one process: imports take seconds.
 """
 
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,29 +25,6 @@ def flags(model: Path, data: Path, strategy: Path, out: Path, *, overlap: bool) 
     settings = {**SETTINGS, "model.path": model, "data.train": data / "train", "deepspeed": strategy, "out": out}
     settings |= {"doctor.network_mib": 1, "doctor.overlap": overlap}  # each launch trains for a while otherwise
     return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
-def start(module: str, *options: object, second: dict[str, str] | None = None) -> list[subprocess.CompletedProcess]:
-    """Two ranks of a module to their end; `second`: what rank 1 alone has in its environment."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": tiny.free_port()}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, options)],
-            env={**tiny.rank_environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank), **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, own in enumerate(({}, second or {}))
-    ]
-    try:
-        told = [rank.communicate(timeout=240) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [
-        subprocess.CompletedProcess(rank.args, rank.returncode, *texts) for rank, texts in zip(ranks, told, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +81,12 @@ def test_nothing_is_left_where_the_run_will_be(healthy):
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory, base_model, prepared, strategy):
-    """Another package on rank 1, a flipped byte in a shard, and no model folder: (ranks, the JSON, the shard)."""
-    folder = tmp_path_factory.mktemp("planted")
+def launches(tmp_path_factory, base_model, prepared, strategy):
+    """How the ranks of each launch ended, from one process: name -> (ranks, the JSON), and the damaged shard's name.
+
+    planted: another package on rank 1, a flipped byte in a shard, and no model folder.
+    """
+    folder = tmp_path_factory.mktemp("launches")
     metadata = folder / "site" / "transformers-9.9.9.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 9.9.9\n")
@@ -115,10 +95,37 @@ def planted(tmp_path_factory, base_model, prepared, strategy):
     whole = bytearray(shard.read_bytes())
     whole[len(whole) // 2] ^= 1
     shard.write_bytes(whole)
-    options = flags(folder / "no-model", data, strategy, folder / "run", overlap=False)
-    second = {"PYTHONPATH": tiny.python_path(folder / "site", tiny.REPO / "tests" / "offline", tiny.REPO)}
-    ranks = start("sft.doctor", *options, "--json", folder / "found.json", second=second)
-    return ranks, json.loads((folder / "found.json").read_text()), shard.name
+    plan = {
+        "planted": (
+            flags(folder / "no-model", data, strategy, folder / "run", overlap=False),
+            [{}, {"site": str(folder / "site")}],
+        ),
+        "raise": ([], [{"fault": "wait"}, {"fault": "raise"}]),
+        "kill": ([], [{"fault": "wait"}, {"fault": "kill"}]),
+        "rank 0 stopped": ([], [{"fault": "stop"}, {"fault": "wait"}]),
+        "rank 1 late": (
+            ["--doctor.limit_s", "10"],
+            [{"fault": "wait"}, {"fault": "sleep"}, {"fault": "wait", "local_rank": "0"}],
+        ),
+    }
+    asked = {
+        name: {"argv": [*argv, "--json", str(folder / f"{name}.json")], "ranks": ranks}
+        for name, (argv, ranks) in plan.items()
+    }
+    (folder / "plan.json").write_text(json.dumps(asked))
+    worker = [sys.executable, "-m", "tests.dist.doctor_worker", str(folder / "plan.json"), str(folder / "ended.json")]
+    done = tiny.run(worker, environment={**tiny.rank_environment(), "TORCH_CPP_LOG_LEVEL": "ERROR"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = json.loads((folder / "ended.json").read_text())
+    found = {name: json.loads(path.read_text()) for name in plan if (path := folder / f"{name}.json").exists()}
+    ranks = {name: [SimpleNamespace(**rank) for rank in ended[name]] for name in plan}
+    return SimpleNamespace(ranks=ranks, found=found, shard=shard.name)
+
+
+@pytest.fixture(scope="module")
+def planted(launches):
+    """(ranks, the JSON, the damaged shard)."""
+    return launches.ranks["planted"], launches.found["planted"], launches.shard
 
 
 def failed(content: dict, *words: str) -> dict:
@@ -131,7 +138,7 @@ def failed(content: dict, *words: str) -> dict:
 
 
 def test_both_ranks_end_with_2_and_no_traceback(planted):
-    assert [rank.returncode for rank in planted[0]] == [2, 2]
+    assert [rank.code for rank in planted[0]] == [2, 2]
     for rank in planted[0]:
         assert "Traceback" not in rank.stderr, rank.stderr
     assert planted[0][1].stdout == "", "rank 0 speaks for all"
@@ -165,13 +172,31 @@ def test_the_table_shows_what_failed_and_what_to_do(planted):
     ("fault", "codes", "reason"),
     [("raise", (5, 5), "rank 1 on .* ended in .*network: OSError: planted"), ("kill", (5, -9), "rank 1 on .* gone")],
 )
-def test_a_check_that_breaks_off_on_one_rank_ends_the_other_with_the_table(fault, codes, reason, tmp_path):
+def test_a_check_that_breaks_off_on_one_rank_ends_the_other_with_the_table(fault, codes, reason, launches):
     """Rank 0 waits in a collective that nobody will join."""
-    ranks = start("tests.dist.doctor_worker", "--json", tmp_path / "found.json", second={"PLANTED": fault})
-    assert tuple(rank.returncode for rank in ranks) == codes, ranks
+    ranks, content = launches.ranks[fault], launches.found[fault]
+    assert tuple(rank.code for rank in ranks) == codes, ranks
     assert re.search(reason, ranks[0].stderr), ranks[0].stderr
-    content = json.loads((tmp_path / "found.json").read_text())
     assert (content["complete"], content["findings"][-1]["status"]) == (False, "fail")
     assert re.search(reason, content["stopped"])
     assert {"ranks", "clock"} <= {finding["check"] for finding in content["findings"]}
     assert "1 fail" in ranks[0].stdout
+
+
+def test_a_rank_0_that_is_stopped_in_a_check_of_its_own_ends_the_other(launches):
+    """Its store answers no more, and nothing in Python interrupts a question to it."""
+    zero, one = launches.ranks["rank 0 stopped"]
+    assert (zero.code, one.code) == (None, 5), one
+    assert re.search(f"stopped: .*rank 0 on {HOST} .*stopped by a signal, does not answer", one.stderr), one.stderr
+    assert "Traceback" not in one.stderr
+
+
+def test_a_rank_that_is_late_is_named_by_all(launches):
+    """Rank 2 is the first of its host, and so speaks for it."""
+    zero, _, other = launches.ranks["rank 1 late"]
+    reason = f"rank 1 on {HOST} did not finish 'machine' within 10 s"
+    assert (zero.code, other.code) == (5, 5)
+    assert reason in zero.stderr
+    assert reason in other.stderr, "not only that rank 0 left"
+    assert reason in launches.found["rank 1 late"]["stopped"]
+    assert "doctor.limit_s" in zero.stdout
