@@ -18,6 +18,9 @@ from data_prep import build, readers
 from sft.errors import run_command
 from tests.prep_support import flags
 
+IMPORTED = ["tests.prep_jobs", "gigatoken", "tokenizers", "awkward", "pandas"]
+"""Once for all jobs of a test process: the last two, which gigatoken and pyarrow import when they are used, take a
+job nine tenths of its time."""
 SMALL_BLOCK_BYTES = 4000
 """Some 25 rows of `alpaca_rows`: a job of 700 rows has many blocks."""
 
@@ -106,7 +109,7 @@ def start(
 ) -> Started:
     """Start a job of small blocks in a process of its own, that has its own group; `patch` runs there first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.prep_jobs", "gigatoken", "tokenizers"])
+    context.set_forkserver_preload(IMPORTED)
     told = tmp_path / f"told-{len(list(tmp_path.glob('told-*.err')))}"
     argv = flags(**{"seq_len": 1024, "workers": 1, "out": tmp_path / "out", **options})
     # not a daemon: those may have no workers of their own

@@ -135,7 +135,7 @@ def slow_blocks() -> None:
     add = Spill.add
 
     def slowly(spill: Spill, number: int, block: blocks.Block) -> blocks.Block:
-        time.sleep(0.005)
+        time.sleep(0.01)
         return add(spill, number, block)
 
     Spill.add = slowly
