@@ -1,8 +1,11 @@
 """Folders copied to a host's own disk, once per host: what of them is copied, under which name, and when it counts.
 
-    <to>/model-<key>/           the files, and staged.json, written last: source, size, time and sha256 of each file
-    <to>/model-<key>.partial/   on its way, or left by a process that was killed: the next one removes it
-    <to>/sft-stage.lock         held by the process at work
+    <to>/model-<key>/                  the files, and staged.json, written last: source, size, time, sha256 of each file
+    <to>/model-<key>.partial-<host>/   on its way, or left by a process that was killed: the next one removes it
+    <to>/sft-stage.lock                held by the process at work
+
+Some shared file systems lock within a host only: so no host touches what another one has on its way there, until
+nothing has changed in it for an hour.
 
 The key is a digest of the source, so a source that has changed gets another folder. A shard folder's is the sha256 of
 its manifest, which holds those of the shards. A model folder has no manifest, and reading it whole for its name would
@@ -10,6 +13,7 @@ take as long as copying it: its key is over name, size and time of every file, t
 of large ones.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -35,6 +39,9 @@ from sft.weight_files import num_parameters, weight_files
 RECORD = "staged.json"
 LOCK = "sft-stage.lock"
 STAGED = re.compile(r"(model|train|heldout)-[0-9a-f]{16}")
+PARTIAL = ".partial-"
+ABANDONED_S = 3600.0
+"""A container of another name may have left it on this host's disk: reading back one file is the longest pause."""
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer*")
 """What transformers may read of a model folder besides weights: config, generation config, tokenizer, templates."""
 SMALL_BYTES = 2**25
@@ -121,9 +128,7 @@ def stage(sources: Sequence[Source], to: Path, say: Callable[[str], None]) -> li
     _check_place(sources, to)
     to.mkdir(parents=True, exist_ok=True)
     with _locked(to, say):
-        for left in to.glob("*.partial"):
-            if STAGED.fullmatch(left.stem):
-                shutil.rmtree(left)
+        _remove_left(to)
         missing = [source for source in sources if not _is_there(source, to, say)]
         _check_room(missing, to)
         for source in missing:
@@ -245,6 +250,23 @@ def _check_room(missing: Sequence[Source], to: Path) -> None:
 # Copies
 
 
+def _remove_left(to: Path) -> None:
+    """Of processes that were killed: this host's at once, as this process has the lock."""
+    for left in to.glob(f"*{PARTIAL}*"):
+        name, _, host = left.name.partition(PARTIAL)
+        is_own = host == os.uname().nodename
+        if STAGED.fullmatch(name) and (is_own or time.time() - _last_change_s(left) > ABANDONED_S):
+            shutil.rmtree(left, ignore_errors=not is_own)  # a third host may be at it, too
+
+
+def _last_change_s(folder: Path) -> float:
+    """By the change time, which a copied file has not from its source. Now, where it is just being removed."""
+    try:
+        return max(path.stat().st_ctime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:
+        return time.time()
+
+
 def _is_there(source: Source, to: Path, say: Callable[[str], None]) -> bool:
     """Whether the copy exists; a damaged one is removed."""
     target = to / source.name
@@ -297,7 +319,13 @@ def _copy(source: Source, to: Path, say: Callable[[str], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(partial)
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or _find_problem(source, target) is not None:
+                raise
+            say(f"{source.option}: {target} is complete: another host was faster")
+            return
         sync_folder(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -306,7 +334,7 @@ def _copy(source: Source, to: Path, say: Callable[[str], None]) -> None:
 
 
 def _partial(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
+    return target.with_name(f"{target.name}{PARTIAL}{os.uname().nodename}")
 
 
 def _copy_files(source: Source, partial: Path) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests.dist import forked
 
 pytestmark = pytest.mark.dist
 
@@ -16,7 +16,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, base_model: Path, prepared: P
     out = tmp_path_factory.mktemp("doctor") / "found.json"
     flags = ["--model.path", base_model, "--data.train", prepared / "train", "--batch.rows_per_step", "8",
              "--model.precision", "fp32", "--out", out.with_name("run")]  # fmt: skip
-    done = tiny.run_module(2, "tests.dist.doctor_overlap_worker", str(out), *map(str, flags))
+    done = forked.run_ranks(2, "tests.dist.doctor_overlap_worker", str(out), *map(str, flags))
     assert out.is_file(), done.stdout + done.stderr
     return json.loads(out.read_text())
 

@@ -190,7 +190,7 @@ def flip_a_byte_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fsync(descriptor):
         real(descriptor)
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f".partial/{name}"):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f".partial-{HOST}/{name}"):
             os.pwrite(descriptor, b"\xff", 1000)
 
     monkeypatch.setattr(os, "fsync", fsync)
