@@ -27,7 +27,7 @@ from sft.doctor import clock, disk, inputs, machine, network, overlap, software
 from sft.doctor.finding import Finding, Report
 from sft.doctor.group import Group
 from sft.doctor.options import DoctorConfig, DoctorSection
-from sft.errors import EXIT_RANK_LOST, RankLost, UserError
+from sft.errors import EXIT_RANK_LOST, RankLost, UserError, leave
 from sft.vitals import describe_error
 from sft.watchdog import Watchdog, is_failed_collective
 
@@ -208,15 +208,15 @@ def leaving_the_name_to_the_watchdog() -> Iterator[None]:
 def leaving_after(limit_s: float, group: Group, stop: Callable[[Finding], None]) -> Iterator[None]:
     """End this process where ranks cannot connect to each other; nothing in Python interrupts such a wait."""
 
-    def leave() -> None:
+    def give_up() -> None:
         found = disconnected("process group", group, f"not connected with the other ranks in {limit_s:.0f} s")
         try:
             os.write(2, f"stopped: {found.where}: {found.found}\n".encode())
             stop(found)
         finally:
-            os._exit(EXIT_RANK_LOST)
+            leave(EXIT_RANK_LOST)
 
-    timer = threading.Timer(limit_s, leave)
+    timer = threading.Timer(limit_s, give_up)
     timer.daemon = True
     timer.start()
     try:

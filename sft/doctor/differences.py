@@ -50,6 +50,11 @@ def figures(groups: Sequence[tuple[Any, Sequence[Report]]]) -> list[dict[str, An
     ]
 
 
+def show_bytes(count: float) -> str:
+    """`3.0 MiB`, `12.5 GiB`."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def same_host(one: Report, reports: Sequence[Report]) -> list[Report]:
     """All ranks on the host of `one`."""
     return [report for report in reports if report.host == one.host]

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.shards import read_manifest
 from sft.config import RunConfig
-from sft.doctor.differences import halves, place, same_host
+from sft.doctor.differences import halves, place, same_host, show_bytes
 from sft.doctor.finding import Finding, Report, one_per_host
 from sft.doctor.group import Group
 from sft.errors import UserError
@@ -213,10 +213,10 @@ def _listed(folder: Path) -> list[str]:
 def _room_found(reports: list[Report]) -> Finding:
     least = min(one_per_host(reports), key=lambda report: report.facts["free"]).facts
     if least["room"] is None:
-        found = f"{_size(least['free'])} free at {least['folder']}; model or shards do not tell what is needed"
+        found = f"{show_bytes(least['free'])} free at {least['folder']}; model or shards do not tell what is needed"
         return Finding("disk", "skip", "all ranks", found)
     room = least["room"]
-    need, free = (_size(room[name] * GIB) for name in ("need_gib", "free_gib"))
+    need, free = (show_bytes(room[name] * GIB) for name in ("need_gib", "free_gib"))
     found = f"{need} needed, {free} free or in use by this run at {least['folder']}"
     return Finding("disk", "pass", "all ranks", found, figures=room)
 
@@ -238,13 +238,8 @@ def _judge_speed(reports: list[Report]) -> list[Finding]:
     if whole is None:
         return [Finding("write speed", "pass", "all ranks", told, figures=figures)]
     seconds = figures["checkpoint_s"] = whole * len(here) / len(reports) / speed
-    found = f"{told}: a checkpoint of {_size(whole)} takes about {seconds:,.0f} s"
+    found = f"{told}: a checkpoint of {show_bytes(whole)} takes about {seconds:,.0f} s"
     if seconds > SLOW_S:
         remedy = "put --out on a faster file system, or raise checkpoint.every; guard.hang_after_s must be longer too"
         return [Finding("write speed", "warn", place(here, reports), found, remedy, figures)]
     return [Finding("write speed", "pass", "all ranks", found, figures=figures)]
-
-
-def _size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.1f} MiB"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from data_prep.shards import file_sha256, open_shards, read_manifest
 from sft.config import RunConfig
-from sft.doctor.differences import by_value, figures, halves, odd_ones, place, same_host, tell
+from sft.doctor.differences import by_value, figures, halves, odd_ones, place, same_host, show_bytes, tell
 from sft.doctor.finding import Finding, Report, one_per_host
 from sft.doctor.options import DoctorSection
 from sft.engine import read_strategy
@@ -296,7 +296,7 @@ def _judge_digests(reports: list[Report]) -> list[Finding]:
     read_files = min(sum(len(report.facts["digests"]) for report in here) for here in hosts)
     files = sum(len(report.facts["digests"]) + report.facts["unread"] for report in hosts[0])
     count = f"{files} files" if read_files == files else f"at least {read_files} of {files} files (in {SAMPLE_S:.0f} s)"
-    found = f"{count}, {bytes_read / GIB:,.2f} GiB, read on each host at {min(rates) / GIB:,.2f} GiB/s or more: equal"
+    found = f"{count}, {show_bytes(bytes_read)}, read on each host at {show_bytes(min(rates))}/s or more: equal"
     figures_read = {"files": files, "read_files": read_files, "bytes": bytes_read, "bytes_per_s": rates}
     return [Finding("files", "pass", "all ranks", found, figures=figures_read)]
 
