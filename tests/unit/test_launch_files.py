@@ -124,6 +124,17 @@ def test_single_node_command(recorded):
     assert recorded("single_node.sh", "run.yaml", *overrides, MASTER_PORT="29501") == [expected]
 
 
+SLURM_JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks", "module"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": ""}, 8, "sft.train"),
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "3"}, 3, "sft.train"),
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "", "JOB": "doctor"}, 8, "sft.doctor"),
+    ],
+)
 def test_slurm_starts_one_launcher_per_node(recorded, tmp_path, variables, ranks, module):
     calls = recorded("slurm.sbatch", "run.yaml", "--out", "a b", **SLURM_JOB, **variables)
     hostfile = str(tmp_path / "hostfile-77")
