@@ -18,6 +18,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, base_model: Path, prepared: P
              "--model.precision", "fp32", "--out", out.with_name("run")]  # fmt: skip
     done = forked.run_ranks(2, "tests.dist.doctor_overlap_worker", str(out), *map(str, flags))
     assert out.is_file(), done.stdout + done.stderr
+    assert "%|" not in done.stderr, "progress bars of libraries"
     return json.loads(out.read_text())
 
 
