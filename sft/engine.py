@@ -111,6 +111,8 @@ def choose_device() -> torch.device:
     """
     # not torch.cuda.is_available(): on a GPU host the launcher makes the GPUs visible to ranks that were asked for CPU
     if get_accelerator().device_name() != "cuda":
+        # what DeepSpeed's launcher sets; without it, DeepSpeed looks for numactl at every step to count CPUs
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     try:

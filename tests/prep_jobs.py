@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import build, readers
+from data_prep.blocks import Block
+from data_prep.spill import Spill
 from sft.errors import run_command
 from tests.prep_support import flags
 
@@ -60,7 +62,7 @@ class Stop:
     at_event: int | None = None
     """Before its n-th change to a file or folder of the output, from 0."""
     after_s: float | None = None
-    """Seconds after the job began to encode."""
+    """Seconds after its first block is encoded: before that, a busy machine may take any time."""
     number: int = signal.SIGKILL
     whole_group: bool = False
 
@@ -151,13 +153,14 @@ def _arm(stop: Stop, out: str) -> None:
     if stop.after_s is not None:
         timer = threading.Timer(stop.after_s, kill, (pid, stop.number))
         timer.daemon = True
-        work_folder = build.work_folder
+        add = Spill.add
 
-        def timed(*arguments: Any) -> Any:
-            timer.start()
-            return work_folder(*arguments)
+        def timed(spill: Spill, number: int, block: Block) -> Block:
+            if not timer.is_alive():
+                timer.start()
+            return add(spill, number, block)
 
-        build.work_folder = timed
+        Spill.add = timed
     if stop.at_event is not None:
         count = 0
 

@@ -13,7 +13,7 @@ import yaml
 from tests import tiny
 from tests.dist import forked
 
-pytestmark = [pytest.mark.e2e, pytest.mark.dist]
+pytestmark = [pytest.mark.e2e, pytest.mark.dist, pytest.mark.timeout(600)]
 
 
 def sft(*arguments, expect=0):
