@@ -14,10 +14,11 @@ import torch.distributed as dist
 from benchmarks.checkpoint_peers import DcpSaver, DeepSpeedSaver, Peer, sync_files
 from sft import checkpoint, resume, zero_state
 from sft.config import RunConfig
-from sft.engine import build_engine, choose_numerics, start_distributed
+from sft.engine import build_engine, choose_numerics, join
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.preemption import StopRequest
+from sft.rendezvous import meet
 from sft.saver import Saver
 from sft.settings import load
 from sft.signals import Inbox
@@ -34,7 +35,7 @@ def main() -> None:
     flags = [text for name, value in facts["options"].items() for text in (f"--{name}", str(value))]
     config = load(RunConfig, flags, prog="checkpoint_worker")
     inputs = open_inputs(config, int(os.environ["WORLD_SIZE"]))
-    device = start_distributed()
+    device = join(meet(60.0))
     stop = StopRequest(Inbox(), None)
     numerics = choose_numerics(config, device, inputs.model_config["model_type"])
     out = Path(config.out)

@@ -21,7 +21,7 @@ from sft.errors import UserError
 from sft.model import PackedCausalLM, load_model
 from sft.optim import build_optimizer
 from sft.pretrained import choose_dtype, load_causal_lm
-from sft.rendezvous import Meeting, meet
+from sft.rendezvous import Meeting
 from sft.zero_state import flat_tensors
 
 OWNED_KEYS = (
@@ -46,9 +46,6 @@ OWNED_KEYS = (
 
 GROUP_TIMEOUT = timedelta(hours=2)
 """Longer than anything that sft.watchdog waits for: it names the rank, and a group's own timeout aborts every rank."""
-
-ARRIVE_AFTER_S = 600.0
-"""The default of guard.arrive_after_s."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +89,6 @@ def read_strategy(name: str) -> dict[str, Any]:
     if "zenflow" in zero:
         raise UserError(f"deepspeed {path}: zenflow is not supported: it changes the update")
     return strategy
-
-
-def start_distributed() -> torch.device:
-    """Meet the ranks that the launcher describes (or be a group of one), join, and return this rank's device.
-
-    Raises:
-        RankLost, UserError: as `sft.rendezvous.meet`, and `join`.
-    """
-    return join(meet(ARRIVE_AFTER_S))
 
 
 def choose_device() -> torch.device:

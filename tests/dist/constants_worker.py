@@ -23,7 +23,7 @@ import sft.engine
 from sft import resume
 from sft.checkpoint import newest_complete
 from sft.config import RunConfig
-from sft.engine import choose_numerics, start_distributed
+from sft.engine import choose_numerics
 from sft.errors import run_rank
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
@@ -125,11 +125,12 @@ def run_case(case: str, folder: Path, data: Path, is_first: bool) -> None:
     }  # fmt: skip
     config = load(RunConfig, [text for key, value in options.items() for text in (f"--{key}", str(value))], prog=case)
     inputs = open_inputs(config, int(os.environ["WORLD_SIZE"]))
-    numerics = choose_numerics(config, start_distributed(), "llama")
+    meeting = meet(60.0)
+    numerics = choose_numerics(config, join(meeting), "llama")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with Recorder(config, out, False, STEPS) as recorder:
-        watch = watch_over(config, out, recorder)  # not started: the test has a time limit
+        watch = watch_over(meeting, config, out, recorder)  # not started: the test has a time limit
         run = start_up(config, inputs, numerics, out, recorder, watch, StopRequest(Inbox(), None))
         write_live(run, "before")
         if is_first:

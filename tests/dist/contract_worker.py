@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 
 from sft import zero_state
 from sft.config import RunConfig
-from sft.engine import choose_numerics, start_distributed
+from sft.engine import choose_numerics, join
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.model import read_model_config
 from sft.preemption import StopRequest
+from sft.rendezvous import Meeting, meet
 from sft.settings import load
 from sft.signals import Inbox
 from sft.step import train_step
@@ -33,14 +34,15 @@ from sft.training import start_up, watch_over
 def main(argv: list[str]) -> None:
     """Every case of the plan, in order."""
     plan, out = map(Path, argv[-2:])  # the launcher puts --local_rank in front
-    device = start_distributed()
+    meeting = meet(60.0)
+    device = join(meeting)
     for case in json.loads(plan.read_text()):
-        run_case(case, out, device)
+        run_case(case, out, meeting, device)
         gc.collect()
     dist.barrier()
 
 
-def run_case(case: dict[str, Any], out: Path, device: torch.device) -> None:
+def run_case(case: dict[str, Any], out: Path, meeting: Meeting, device: torch.device) -> None:
     """Train `steps` steps and write losses, norms and weights."""
     flags = [text for name, value in case["options"].items() for text in (f"--{name}", str(value))]
     config = load(RunConfig, [*flags, "--out", str(out / case["name"])], prog="contract_worker")
@@ -48,7 +50,8 @@ def run_case(case: dict[str, Any], out: Path, device: torch.device) -> None:
     numerics = choose_numerics(config, device, read_model_config(config.model.path)["model_type"])
     out = Path(config.out)
     with Recorder(config, out, False, inputs.total_steps) as recorder:
-        watch = watch_over(config, out, recorder)  # not started: a rank that is lost here ends the test by its launcher
+        # not started: a rank that is lost here ends the test by its launcher
+        watch = watch_over(meeting, config, out, recorder)
         run = start_up(config, inputs, numerics, out, recorder, watch, StopRequest(Inbox(), None))
         lines = [train_step(run, step) for step in range(case["steps"])]
         run.saver.wait_for_deletions()

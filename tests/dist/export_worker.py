@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from data_prep.shards import open_shards
 from sft import batch
 from sft.config import RunConfig
-from sft.engine import choose_numerics, start_distributed
+from sft.engine import choose_numerics
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.order import step_rows
@@ -26,11 +26,13 @@ def main(argv: list[str]) -> None:
     """Writes <out>/checkpoints/step-00000002 and <out>/engine.safetensors."""
     config = load(RunConfig, argv, prog="export_worker")
     inputs = open_inputs(config, world_size=2)
-    numerics = choose_numerics(config, start_distributed(), "llama")
+    meeting = meet(60.0)
+    numerics = choose_numerics(config, join(meeting), "llama")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with Recorder(config, out, False, 2) as recorder:
-        watch = watch_over(config, out, recorder)  # not started: a rank that is lost here ends the test by its launcher
+        # not started: a rank that is lost here ends the test by its launcher
+        watch = watch_over(meeting, config, out, recorder)
         run = start_up(config, inputs, numerics, out, recorder, watch, StopRequest(Inbox(), None))
         for step in range(2):
             train_step(run, step)

@@ -24,7 +24,8 @@ from deepspeed.checkpoint import ds_to_universal
 from data_prep.shards import open_shards
 from sft import batch, checkpoint, resume, zero_state
 from sft.config import RunConfig
-from sft.engine import build_engine, choose_numerics, read_strategy, start_distributed
+from sft.engine import build_engine, choose_numerics, join, read_strategy
+from sft.rendezvous import meet
 from sft.saver import Saver
 from sft.settings import load
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     out, updates, rates, *flags = argv
     folder = Path(out)
     config = load(RunConfig, [*flags, "--out", out], prog="universal_worker")
-    device = start_distributed()
+    device = join(meet(60.0))
     engine = build(config, {}, json.loads(rates), device)
     for _ in range(int(updates)):
         update(engine, config, device)

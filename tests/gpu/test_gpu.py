@@ -137,8 +137,9 @@ def test_liger_kernels_agree_with_torch(model_folder):
 
 
 def test_rotary_frequencies_stay_fp32(model_folder, prepared, monkeypatch):
-    from sft.engine import build_engine, choose_numerics, read_strategy, start_distributed
+    from sft.engine import build_engine, choose_numerics, join, read_strategy
     from sft.ports import free_port
+    from sft.rendezvous import meet
 
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in alone.items():
@@ -146,7 +147,7 @@ def test_rotary_frequencies_stay_fp32(model_folder, prepared, monkeypatch):
     config = RunConfig(
         model=ModelSection(path=str(model_folder)), data=DataSection(train=str(prepared / "train")), out="unused"
     )
-    numerics = choose_numerics(config, start_distributed(), "llama")
+    numerics = choose_numerics(config, join(meet(60.0)), "llama")
     assert numerics.dtype == torch.bfloat16
     engine = build_engine(config, read_strategy("zero3"), numerics)
     frequencies = [buffer for name, buffer in engine.module.named_buffers() if "inv_freq" in name]
