@@ -23,13 +23,14 @@ import sft.engine
 from sft import resume
 from sft.checkpoint import newest_complete
 from sft.config import RunConfig
-from sft.engine import choose_numerics
+from sft.engine import choose_numerics, join
 from sft.errors import run_rank
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.model import PackedCausalLM
 from sft.ports import free_port
 from sft.preemption import StopRequest
+from sft.rendezvous import meet
 from sft.settings import load
 from sft.signals import Inbox
 from sft.step import Run, train_step

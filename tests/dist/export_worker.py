@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from data_prep.shards import open_shards
 from sft import batch
 from sft.config import RunConfig
-from sft.engine import choose_numerics
+from sft.engine import choose_numerics, join
 from sft.inputs import open_inputs
 from sft.metrics import Recorder
 from sft.order import step_rows
 from sft.preemption import StopRequest
+from sft.rendezvous import meet
 from sft.settings import load
 from sft.signals import Inbox
 from sft.step import train_step
