@@ -11,8 +11,13 @@
 # SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to it: all ranks save and leave, and it ends with 75. The same command goes on.
 set -euo pipefail
 
-if [[ $# -lt 2 || ! -f $1 || ! -f $2 || ! ${JOB:-train} =~ ^(train|doctor)$ ]]; then
-    echo "usage: [JOB=doctor] $0 HOSTFILE CONFIG.yaml [--section.key value ...]" >&2
+wrong=
+[[ -f ${2:-} ]] || wrong="${2:-CONFIG.yaml}: no such file"
+[[ -f ${1:-} ]] || wrong="${1:-HOSTFILE}: no such file"
+[[ ${JOB:-train} =~ ^(train|doctor)$ ]] || wrong="JOB=$JOB: train or doctor"
+command -v python >/dev/null || wrong="no python in PATH: activate the environment first"
+if [[ -n $wrong ]]; then
+    echo "usage: [JOB=doctor] $0 HOSTFILE CONFIG.yaml [--section.key value ...]; $wrong" >&2
     exit 2
 fi
 hostfile=$1

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from sft.config import RunConfig
 from sft.doctor.options import DoctorConfig, take_json
-from sft.errors import EXIT_CODES_FOLDER, UserError, run_command
+from sft.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_CODES_FOLDER,
+    EXIT_PREEMPTED,
+    EXIT_RANK_LOST,
+    UserError,
+    run_command,
+)
 from sft.launch_env import HOSTS, for_pdsh, hand_on
 from sft.ranks import DOCTOR, MODULES
 from sft.run_folder import LAUNCH
@@ -21,6 +28,11 @@ from sft.settings import load
 from sft.ssh import PDSH_OPTIONS, check_hosts, read_hostfile, ssh_options
 from sft.supervisor import Job, supervise
 
+MEANING = {
+    EXIT_BAD_INPUT: "something in the input must be mended first; a line above says what",
+    EXIT_RANK_LOST: "a rank was lost, as a line above says; run the same command again to go on",
+    EXIT_PREEMPTED: "stopped as asked, and saved; run the same command again to go on",
+}
 BY_SSH = "--force_multi"
 """In the command of `deepspeed` where it starts the ranks of every host through ssh."""
 
@@ -44,8 +56,15 @@ def main(argv: Sequence[str]) -> None:
     make_job = job_by_ssh if BY_SSH in command else job_here
     with make_job(command, module, options, config) as job:
         code = supervise(job, say)
+    if code in MEANING:  # torchrun and launch.py end with lines of their own, of failures
+        say(f"exit code {code}: {MEANING[code]}")
     if code:
         raise SystemExit(code)
+
+
+def files_named_in(options: Sequence[str]) -> list[Path]:
+    """The run file, which every rank reads."""
+    return [Path(options[at + 1]) for at, word in enumerate(options[:-1]) if word == "--config"]
 
 
 @contextlib.contextmanager
@@ -75,8 +94,6 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
         raise UserError(f"sft.launch: {BY_SSH} needs --hostfile FILE before --module")
     hostfile = Path(command[command.index("--hostfile") + 1])
     hosts = read_hostfile(hostfile)
-    own = check_hosts(hosts, hostfile)
-    address = os.environ.get("MASTER_ADDR") or own
     out = Path(config.out)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -84,6 +101,8 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
     try:
         codes = folder / "exit-codes"
         codes.mkdir()
+        own = check_hosts(hosts, hostfile, [codes.absolute(), *files_named_in(options)])
+        address = os.environ.get("MASTER_ADDR") or own
         by_rank = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         environment = {**os.environ, HOSTS: by_rank, EXIT_CODES_FOLDER: str(codes.absolute())}
         launcher = [*command[:-1], "--no_ssh_check", "--master_addr", address, command[-1]]

@@ -67,20 +67,24 @@ def on_hosts(hosts: Sequence[str], command: Sequence[str], limit_s: float) -> di
         return dict(zip(hosts, pool.map(run, hosts), strict=True))
 
 
-def check_hosts(hosts: Mapping[str, int], hostfile: Path) -> str:
-    """Reach every host and look for this folder and this Python there; returns the address of the first host.
+def check_hosts(hosts: Mapping[str, int], hostfile: Path, shared: Sequence[Path] = ()) -> str:
+    """Reach every host and look for this folder, this Python and `shared` there; returns the address of the first.
 
     Raises:
         UserError: names every host that cannot take part, and why.
     """
-    look = f'test -x {shlex.quote(sys.executable)} || {{ echo "no {sys.executable}" >&2; exit 3; }}; hostname -I'
+    wanted = [("x", sys.executable), *(("r", str(path)) for path in shared)]
+    looks = [
+        f"test -{how} {shlex.quote(path)} || {{ echo no {shlex.quote(path)} >&2; exit 3; }}" for how, path in wanted
+    ]
+    look = "; ".join([*looks, "hostname -I"])
     answers = on_hosts(list(hosts), ["bash", "-c", look], limit_s=4 * CONNECT_S)
     problems = [f"{host}: {_reason(text)}" for host, (code, text) in answers.items() if code != 0]
     if problems:
         those = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} hosts", *problems])
         raise UserError(
             f"hostfile {hostfile}: {those}\n  every host must be reached by `ssh -o BatchMode=yes HOST` without a "
-            "password, and have this folder and this Python under the same paths; mend it, or take its line out"
+            "password, and see this folder, this Python and --out under the same paths; mend it, or take its line out"
         )
     first = next(iter(hosts))
     return _address(first, answers[first][1].split())

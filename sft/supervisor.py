@@ -74,12 +74,11 @@ def supervise(job: Job, say: Callable[[str], None]) -> int:
     while course.launched.poll() is None or course.ranks():
         course.note_what_happened()
         if course.must_end():
-            break
+            return exit_code(1, read_exit_codes(job.exit_codes))
         if course.requests and (code := course.answer()) is not None:
             return code
         time.sleep(LOOK_S)
-    else:
-        course.ask_those_left_behind()
+    course.ask_those_left_behind()
     _kill_group(course.launched)
     code = exit_code(course.launched.returncode, read_exit_codes(job.exit_codes))
     if killed := course.killed():
@@ -126,7 +125,9 @@ class _Course:
         if self._first_left_s is None or time.monotonic() <= self._first_left_s + patience_s:
             return False
         who = _who_left(self._codes)
-        _tell(self._say, f"error: {who}, but the launcher or other ranks did not end in {patience_s:.0f} s: killed")
+        _tell(
+            self._say, f"error: {who}, but the launcher or other ranks did not end in {patience_s:.0f} s: killed them"
+        )
         _end(self._job, self.launched, set(self.ranks()), self._say)
         return True
 
