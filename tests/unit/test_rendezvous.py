@@ -5,13 +5,14 @@ import signal
 import socket
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
 from sft import rendezvous
 from sft.errors import Preempted, RankLost, UserError
 from sft.ports import free_port
-from sft.rendezvous import HOSTS, meet, missing_ranks
+from sft.rendezvous import HOSTS, Place, meet, missing_ranks, name_interface
 
 HOST = os.uname().nodename
 
@@ -144,3 +145,23 @@ def test_missing_ranks_are_named_with_their_hosts():
     assert missing_ranks([2, 3], "n1:2,n2:2") == "rank 2 on n2, rank 3 on n2"
     assert missing_ranks([1], None) == "rank 1"
     assert missing_ranks([0, 4], "n1:2,n2:2") == "rank 0 on n1, rank 4", "more ranks than the launcher told of"
+
+
+@pytest.mark.parametrize(
+    ("addresses", "rank", "interface"),
+    [
+        (["127.0.1.1", "10.9.9.2"], 1, "eth7"),  # rank 0's host name is its loopback, as on Debian: its own way counts
+        (["127.0.1.1", "127.0.0.1"], 1, None),
+        (["10.9.9.1", "10.9.9.2"], 1, "eth7"),
+    ],
+)
+def test_the_interface_that_leads_to_the_others(monkeypatch, addresses, rank, interface):
+    known = {"lo": "127.0.0.1", "eth7": "10.9.9.2", "docker0": "172.17.0.1"}
+    cards = {name: [SimpleNamespace(address=address)] for name, address in known.items()}
+    monkeypatch.setattr(rendezvous.psutil, "net_if_addrs", lambda: cards)
+    monkeypatch.setattr(rendezvous, "_own_address", lambda target: "10.9.9.2" if target[:2] == "10" else "127.0.0.1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    places = tuple(Place(f"host{number}", address) for number, address in enumerate(addresses))
+    name_interface(places, rank)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
