@@ -8,7 +8,7 @@ from tests.tiny import REPO, run
 
 
 def test_no_test_file_is_passed_over(request):
-    """By this session, where it was asked for everything; else by one that is: that imports everything once more."""
+    """By the running session, where it was asked for everything; else by one that is: that imports everything anew."""
     files = {str(path.relative_to(REPO)) for path in (REPO / "tests").rglob("test_*.py")}
     whole = request.config.args_source is pytest.Config.ArgsSource.TESTPATHS
     collected = {item.nodeid.split("::")[0] for item in request.session.items} if whole else set()
