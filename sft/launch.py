@@ -22,7 +22,7 @@ from sft.errors import (
     run_command,
 )
 from sft.launch_env import HOSTS, for_pdsh, hand_on
-from sft.ranks import DOCTOR, MODULES
+from sft.ranks import DOCTOR, MODULES, TRAINER
 from sft.run_folder import LAUNCH
 from sft.settings import load
 from sft.ssh import PDSH_OPTIONS, check_hosts, read_hostfile, ssh_options
@@ -101,7 +101,9 @@ def job_by_ssh(command: Sequence[str], module: str, options: Sequence[str], conf
     try:
         codes = folder / "exit-codes"
         codes.mkdir()
-        own = check_hosts(hosts, hostfile, [codes.absolute(), *files_named_in(options)])
+        # what the doctor is there to find must not keep it from starting
+        shared = [codes.absolute()] if module == TRAINER else []
+        own = check_hosts(hosts, hostfile, [*shared, *files_named_in(options)])
         address = os.environ.get("MASTER_ADDR") or own
         by_rank = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
         environment = {**os.environ, HOSTS: by_rank, EXIT_CODES_FOLDER: str(codes.absolute())}
