@@ -2,9 +2,11 @@
 
 import copy
 import os
+import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,7 +229,10 @@ def test_placeholders_cannot_be_overlooked():
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_the_command_is_sound_shell(path: Path):
     script = "#!/usr/bin/env bash\nset -eu\n" + k8s.command(path)[-1]
-    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, check=False)
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, "-"], input=script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
