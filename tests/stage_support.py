@@ -55,11 +55,10 @@ def assert_equal(source: Path, copy: Path) -> None:
     names = {path.name for path in copy.iterdir()}
     assert RECORD in names, f"{copy} has the name of a copy, and no {RECORD}"
     names.remove(RECORD)
-    needed = (
-        {"model-0-of-2.safetensors", "config.json"}
-        if "config.json" in names
-        else {path.name for path in source.iterdir() if not path.name.startswith("cache-")}  # of `datasets`, by its readers
-    )
+    if "config.json" in names:
+        needed = {"model-0-of-2.safetensors", "config.json"}
+    else:  # readers of the same folder may have left caches of `datasets` in it
+        needed = {path.name for path in source.iterdir() if not path.name.startswith("cache-")}
     assert needed <= names, f"{copy} lacks {needed - names}"
     _, different, unreadable = filecmp.cmpfiles(source, copy, names, shallow=False)
     assert (different, unreadable) == ([], []), f"{copy}: {different} differ, {unreadable} cannot be read"
