@@ -76,14 +76,14 @@ class Slurm:
         """What `scontrol show job` says: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "show", "job", number)))
 
-    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 600.0) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, timeout_s: float = 240.0) -> None:
         """Wait for `condition`; a failure shows the logs of Slurm."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:.0f} s\n{self.logs()}"
             time.sleep(0.2)
 
-    def wait(self, number: str, timeout_s: float = 600.0) -> dict[str, str]:
+    def wait(self, number: str, timeout_s: float = 240.0) -> dict[str, str]:
         """Wait until a job has ended for good, and return what Slurm says of it."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
         self.wait_until(lambda: self.job(number)["JobState"] in ended, f"end of job {number}", timeout_s)
