@@ -1,6 +1,7 @@
 """A real Slurm on the two hosts of tests.launch.hosts: slurmctld on the first, slurmd on each, munge between them.
 
-Everything it writes is below one folder; everything it starts ends with the hosts' name spaces.
+Everything it writes is below one folder or in the hosts' own /run, where names of sockets are short (a kernel takes 108
+characters); everything it starts ends with the hosts' name spaces.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ AuthType=auth/munge
 AuthInfo=socket=/run/munge.socket,cred_expire={credential_s}
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/run/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
