@@ -20,6 +20,7 @@ from sft.metrics import Recorder
 from sft.preemption import StopRequest
 from sft.rendezvous import meet
 from sft.saver import Saver
+from sft.sequence import share_packs
 from sft.settings import load
 from sft.signals import Inbox
 from sft.step import Run, train_step
@@ -37,7 +38,7 @@ def main() -> None:
     inputs = open_inputs(config, int(os.environ["WORLD_SIZE"]))
     device = join(meet(60.0))
     stop = StopRequest(Inbox(), None)
-    numerics = choose_numerics(config, device, inputs.model_config["model_type"])
+    numerics = choose_numerics(config, device, inputs.model_config)
     out = Path(config.out)
     saved: list[dict[str, Any]] = []
 
@@ -49,7 +50,7 @@ def main() -> None:
         watch = Watchdog(dist.get_rank(), dist.get_world_size(), 60.0, 900.0, recorder.last_words, out)
         engine = build_engine(config, inputs.strategy, numerics)
         saver = make_saver(facts["side"], engine, config, int(os.environ["LOCAL_SIZE"]), record)
-        run = Run(config, inputs, {}, numerics, engine, out, recorder, watch, stop, saver, 0.0)
+        run = Run(config, inputs, {}, numerics, engine, out, recorder, watch, stop, saver, share_packs(1), 0.0)
         figures = save_while_training(run, saved, facts["saves"], facts["plain_steps"])
         figures |= load_again(run, facts["saves"])
         saver.wait_for_deletions()

@@ -25,8 +25,8 @@ from data_prep.mixture import keys_to_array, text_key
 from data_prep.near import Signer
 from data_prep.readers import BadRow, RawBlock, block_rows
 from data_prep.template import render_alpaca, render_text
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.tokenizer import Tokenizer
 
 SEPARATOR = "\x1e"

@@ -52,8 +52,8 @@ from data_prep.report import (
 from data_prep.shard_writer import Documents, Ids, write_json, write_shards
 from data_prep.source_files import check_apart
 from data_prep.spill import Spill, remove_leftover, without_ids, work_folder
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.settings import load
 from sft.tokenizer import load_tokenizer
 

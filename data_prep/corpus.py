@@ -18,8 +18,8 @@ from data_prep.dedup import first_occurrences
 from data_prep.mixture import balanced, choose_heldout, copies, replay_copies
 from data_prep.near import near_duplicates
 from data_prep.report import SourceFate
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 
 LARGEST_CLUSTERS = 20
 ROWS_OF_CLUSTER = 20

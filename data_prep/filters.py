@@ -8,8 +8,8 @@ from pathlib import Path
 from data_prep import garbled
 from data_prep.example import Example
 from data_prep.words import words
-from sft.config import FilterSection
 from sft.errors import UserError
+from sft.prep_options import FilterSection
 
 MALFORMED = "malformed"
 EMPTY_OUTPUT = "empty_output"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from data_prep.example import Turn
-from sft.config import Source
 from sft.errors import UserError
+from sft.prep_options import Source
 
 ROLES = {
     "system": "system",

@@ -14,8 +14,8 @@ from data_prep.probe import HARD_TEXTS, PROBE_TEXTS
 from data_prep.readers import file_digest, source_files
 from data_prep.shards import MANIFEST, open_shards, read_manifest
 from data_prep.source_files import kind_of
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.tokenizer import Tokenizer
 
 CODE_VERSION = 4

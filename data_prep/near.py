@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.words import pieces
-from sft.config import NearSection
+from sft.prep_options import NearSection
 
 NUM_PERMUTATIONS = 128
 """uint32 per row: 512 bytes; the estimate's standard deviation is at most sqrt(s (1 - s) / 128), 0.035 at s = 0.8."""

@@ -21,8 +21,8 @@ from data_prep.fast import load_fast
 from data_prep.identity import CODE_VERSION, PACKAGES, template_text
 from data_prep.readers import RawBlock
 from data_prep.workers import WorkerLost
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.tokenizer import load_tokenizer
 
 BLOCKS_PER_WORKER = 3

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data_prep.filters import MEANING
-from sft.config import Source
+from sft.prep_options import Source
 
 EXAMPLES = 5
 """Row numbers listed per reason."""

@@ -13,8 +13,8 @@ from data_prep.console import Output
 from data_prep.page import write_page
 from data_prep.report import escape_unprintable
 from data_prep.shards import IGNORE, MANIFEST, Pack, Shards, open_shards
-from sft.config import ShowConfig
 from sft.errors import UserError, run_command
+from sft.prep_options import ShowConfig
 from sft.settings import load
 from sft.tokenizer import Tokenizer, load_tokenizer
 

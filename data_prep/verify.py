@@ -34,8 +34,8 @@ from data_prep.console import Output
 from data_prep.contracts import Contract, Counted, Problem, arrow_type, check_batch
 from data_prep.report import escape_unprintable
 from data_prep.shards import COLUMNS, MANIFEST, read_manifest
-from sft.config import VerifyConfig
 from sft.errors import UserError, run_command
+from sft.prep_options import VerifyConfig
 from sft.settings import load
 from sft.tokenizer import load_tokenizer
 

@@ -20,20 +20,21 @@ from transformers import AttentionInterface
 from sft.batch import Layout
 from sft.errors import UserError
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, float], torch.Tensor]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, float, float], torch.Tensor]
+"""(query, key, value, layout, scaling, dropout probability)."""
 
 
-def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str:
     """The attention kernel of a run: what the user names if it can run here, else the first of auto's list that can.
 
     Raises:
-        UserError: the named kernel cannot run on this device or with this dtype.
+        UserError: the named kernel cannot run on this device or with this dtype, or has no dropout.
     """
     flash_device = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     can_flash = flash_device and dtype in (torch.bfloat16, torch.float16)
     available = {
         "flash_attention_2": can_flash and importlib.util.find_spec("flash_attn") is not None,
-        "varlen": can_flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "varlen": can_flash and importlib.util.find_spec("torch.nn.attention.varlen") is not None and not dropout,
         "sdpa": True,
     }
     if wanted == "auto":
@@ -41,7 +42,8 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     if not available[wanted]:
         raise UserError(
             f"model.attention {wanted}: cannot run on {device.type} with {dtype} (it needs an Ampere or newer GPU, "
-            f"bf16, and its package); usable: {', '.join(name for name, usable in available.items() if usable)}"
+            "bf16, its package; varlen also no model.attention_dropout); usable: "
+            f"{', '.join(name for name, usable in available.items() if usable)}"
         )
     return wanted
 
@@ -61,30 +63,41 @@ def _packed_attention(
     value_1GTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    dropout: float = 0.0,
     layout: Layout | None = None,
     **_transformers: Any,
 ) -> tuple[torch.Tensor, None]:
     """The signature that transformers calls; returns ([1, T, H, D], no weights)."""
     if layout is None or attention_mask is not None:
         raise ValueError("packed attention needs the documents' layout and no mask; call the engine with a MicroBatch")
-    return kernel(query_1HTD, key_1GTD, value_1GTD, layout, scaling), None
+    return kernel(query_1HTD, key_1GTD, value_1GTD, layout, scaling, dropout), None
 
 
 def _flash_attention_2(
-    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, layout: Layout, scaling: float
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
     query_THD, key_TGD, value_TGD = (x[0].transpose(0, 1) for x in (query_1HTD, key_1GTD, value_1GTD))
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
     out_THD = flash_attn_varlen_func(
-        query_THD, key_TGD, value_TGD, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=True
+        query_THD, key_TGD, value_TGD, cu_seqlens, cu_seqlens, longest, longest, dropout, scaling, causal=True
     )
     return out_THD[None]
 
 
 def _varlen(
-    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, layout: Layout, scaling: float
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -117,14 +130,21 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def _sdpa(
-    query_1HTD: torch.Tensor, key_1GTD: torch.Tensor, value_1GTD: torch.Tensor, layout: Layout, scaling: float
+    query_1HTD: torch.Tensor,
+    key_1GTD: torch.Tensor,
+    value_1GTD: torch.Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: float,
 ) -> torch.Tensor:
     """One call per document: the same result as a block-diagonal mask, without the T x T work or memory."""
     lengths = list(layout.seq_lens)
     parts = [x.split(lengths, dim=2) for x in (query_1HTD, key_1GTD, value_1GTD)]
     grouped = query_1HTD.shape[1] != key_1GTD.shape[1]
     outs = [
-        scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        scaled_dot_product_attention(
+            query, key, value, None, dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
         for query, key, value in zip(*parts, strict=True)
     ]
     return torch.cat(outs, dim=2).transpose(1, 2)

@@ -41,6 +41,11 @@ class Layout:
         """Length of the longest document."""
         return max(self.seq_lens)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents."""
+        return sum(self.seq_lens)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -54,6 +59,10 @@ class MicroBatch:
     source_N: torch.Tensor
     """int64, below num_sources: the data source of each target."""
     num_sources: int
+    rows: tuple[tuple[int, int], ...] = ()
+    """(tokens, seed of its noise) of each pack, where training asks for noise."""
+    start: int = 0
+    """Place of ids_1T's first token in the micro-batch: other than 0 where ranks share packs."""
 
 
 def build(
@@ -107,19 +116,26 @@ def build_scored(documents: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], d
     )
 
 
-def from_shards(shards: Shards, rows: Rows, device: torch.device) -> MicroBatch:
-    """The micro-batch of the given packs; FILLER rows become one token that weighs nothing."""
+def from_shards(shards: Shards, rows: Rows, device: torch.device, seeds: Sequence[int] = ()) -> MicroBatch:
+    """The micro-batch of the given packs; FILLER rows become one token that weighs nothing.
+
+    `seeds`: of the noise of each pack, where training asks for noise.
+    """
     documents: list[tuple[np.ndarray, np.ndarray]] = []
     sources: list[int] = []
+    lengths: list[int] = []
     for row in rows:
         if row == FILLER:
             documents.append((np.zeros(1, np.int32), np.full(1, IGNORE, np.int32)))
             sources.append(0)
+            lengths.append(1)
         else:
             pack = shards.pack(int(row))
             documents += split_documents(pack)
             sources += pack.source_ids.tolist()
-    return build(documents, device, sources, len(shards.manifest["sources"]))
+            lengths.append(len(pack.input_ids))
+    built = build(documents, device, sources, len(shards.manifest["sources"]))
+    return replace(built, rows=tuple(zip(lengths, seeds, strict=True))) if seeds else built
 
 
 def num_labels(shards: Shards, rows: Rows) -> int:

@@ -1,9 +1,10 @@
-"""Every option, once, typed, with its default's reason; those of `sft augment`, `sft eval`, `sft drift`: beside them.
+"""Every option, once, typed, with its default's reason; those of the other commands: in files of their own.
 
 `sft.settings` turns a YAML file and `--section.key value` flags into these frozen objects.
 Rules that need more than one field are validators here, so that every problem shows in one message.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -20,14 +21,8 @@ def split_commas(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def _as_sources(value: Any) -> Any:
-    entries = split_commas(value)
-    if not isinstance(entries, list):
-        return entries
-    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
-
-
-def _fraction_or_whole(value: float, unit: str) -> float:
+def fraction_or_whole(value: float, unit: str) -> float:
+    """`value`, which is a fraction below 1 or a whole number of `unit`s."""
     if value >= 1 and value != int(value):
         raise ValueError(f"must be a fraction below 1 or a whole number of {unit}")
     return value
@@ -35,124 +30,6 @@ def _fraction_or_whole(value: float, unit: str) -> float:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-# Data preparation
-
-
-class Source(Section):
-    path: str
-    """.json (one array of objects) or .jsonl (one object per line), each also .gz or .zst; .parquet; a folder or glob
-    of these; or a folder that `datasets` saved."""
-    name: str | None = None
-    """Name in the report and the manifest; default: the stem of the path."""
-    format: Literal["alpaca", "messages", "sharegpt", "text"] = "alpaca"
-    """alpaca: instruction, input, output (or response), and perhaps system and history; messages: a list of {role,
-    content}; sharegpt: conversations, a list of {from, value}; text: one field `text`, all of it supervised."""
-    columns: dict[str, str] = {}
-    """The source's own names of fields, by the format's names: {instruction: question, output: answer}."""
-    train_on: Literal["all", "last"] = "all"
-    """Which of the assistant's turns are supervised."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each row is used: 2.0 = twice, 0.25 = a seeded quarter of the rows."""
-    role: Literal["data", "replay"] = "data"
-    """replay: rows that rehearse what the model already knows; `ratio` says how many of them are used."""
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Replay only: this source's share of the final training tokens; rows are sampled, or repeated, to reach it."""
-    balance_by: str | None = None
-    """Field whose values shall be equally frequent: rows of the more frequent ones are sampled down to the rarest."""
-
-    @model_validator(mode="after")
-    def _replay_needs_ratio(self) -> "Source":
-        if (self.role == "replay") != (self.ratio is not None):
-            raise ValueError("role: replay and ratio go together; give both, or neither")
-        if self.role == "replay" and self.weight != 1:
-            raise ValueError("weight: a replay source is used as often as its ratio says; leave weight out")
-        return self
-
-
-class FilterSection(Section):
-    garbled: bool = True
-    """Drop rows with U+FFFD, control characters, or text that was decoded with the wrong encoding (mojibake)."""
-    refusals: str = "none"
-    """none; default = drop responses that match the built-in list of refusals and boiler-plate; or a text file of your
-    own, one regular expression per line."""
-    max_repetition: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Drop responses of which a larger share than this is repeated n-grams; 0.3 is a common choice."""
-    min_response_tokens: PositiveInt = 1
-    """Drop rows with fewer supervised text tokens (stop tokens do not count)."""
-    max_response_tokens: PositiveInt | None = None
-    """Drop rows with more supervised text tokens."""
-
-
-class NearSection(Section):
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.8
-    """Rows whose estimated Jaccard similarity is at least this are one cluster, of which the first row is kept."""
-    ngram: PositiveInt = 5
-    """Words per shingle; shorter finds more, longer fewer."""
-    seed: int = 0
-    """Seed of the MinHash permutations."""
-
-
-class PrepConfig(Section):
-    sources: Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
-    """Input files; a bare path is short for {path: ...}."""
-    tokenizer: str
-    """Folder with tokenizer.json and/or tokenizer.model: the model's own tokenizer."""
-    template: str = "alpaca"
-    """Prompt template: alpaca; chat = the tokenizer's own chat template; or a .jinja file. Format text takes none."""
-    seq_len: Annotated[int, Field(ge=8, le=2**24)] = 4096
-    """Tokens per pack at most; the model's context length is a good choice."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """A row longer than seq_len: dropped and counted; cut, without a stop token to learn; or an error."""
-    on_error: Literal["raise", "drop"] = "raise"
-    """A malformed row: an error that says where it is, or a counted drop."""
-    filters: FilterSection = FilterSection()
-    heldout: Annotated[float, Field(ge=0)] = 0.0
-    """Rows kept for held-out loss, chosen by a seeded hash: a fraction below 1, or a number of rows."""
-    dedup: Literal["none", "exact", "near"] = "exact"
-    """exact: of rows with equal text (Unicode form and white space aside) the first is kept; near: also of similar
-    rows."""
-    near: NearSection = NearSection()
-    decontaminate: Annotated[list[str], BeforeValidator(split_commas)] = []
-    """Files or folders of evaluation items (MMLU, HellaSwag); rows that overlap with one are dropped and listed."""
-    decontaminate_ngram: Annotated[int, Field(ge=5)] = 13
-    """Consecutive words that a row must share with an item to count as overlap (13: Brown et al. 2020)."""
-    seed: int = 0
-    """Seed of the held-out split, of fractional weights, replay and balancing."""
-    workers: PositiveInt | Literal["auto"] = "auto"
-    """Processes; auto = one per available core, or per CPU of the Ray cluster. The output does not depend on it."""
-    engine: Literal["local", "ray"] = "local"
-    """Where the workers run: on this host, or on a Ray cluster (extra `ray`; RAY_ADDRESS names the cluster)."""
-    dry_run: bool = False
-    """Do the whole computation, print the report with disk and time needed, and write nothing."""
-    out: str
-    """Folder to create: train/, heldout/ and report.json go here."""
-
-    @field_validator("heldout")
-    @classmethod
-    def _whole_rows(cls, value: float) -> float:
-        return _fraction_or_whole(value, "rows")
-
-    @field_validator("template")
-    @classmethod
-    def _known_template(cls, value: str) -> str:
-        if value not in ("alpaca", "chat") and not value.endswith(".jinja"):
-            raise ValueError("must be alpaca, chat, or the path of a .jinja file")
-        return value
-
-    @model_validator(mode="after")
-    def _ratios_leave_room(self) -> "PrepConfig":
-        if sum(source.ratio or 0 for source in self.sources) >= 1 or all(s.role == "replay" for s in self.sources):
-            raise ValueError("sources: the ratios of replay sources must leave room for a source of role data")
-        return self
-
-
-class VerifyConfig(Section):
-    shards: str
-    """Folder written by `sft prep`, or the folder of one split below it."""
-    tokenizer: str | None = None
-    """Tokenizer folder; default: the one the manifest names, where it is there."""
 
 
 # Training
@@ -170,6 +47,11 @@ class ModelSection(Section):
     """Compute dtype. auto: bf16 on GPUs and on CPUs with bf16 units, else fp32. Master weights are always fp32."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """RMSNorm, SwiGLU and RoPE kernels. auto: liger-kernel on a GPU where it is installed, else torch."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Probability that training drops an attention weight; null: what config.json says, which is 0 for Llama."""
+    mlp_tiles: PositiveInt = 1
+    """Pieces of a micro-batch that each MLP computes one after the other (ALST, Bekman et al. 2025): less memory for
+    long documents, at the price of one more forward of the MLPs. Never changes the update."""
 
 
 class DataSection(Section):
@@ -184,8 +66,21 @@ class DataSection(Section):
 class BatchSection(Section):
     rows_per_step: Annotated[int, Field(gt=0, le=10_000_000)] = 128
     """GLOBAL packs per optimizer step; accumulation = rows_per_step / (ranks x micro_batch)."""
-    micro_batch: PositiveInt = 1
-    """Packs in one forward of one rank, laid end to end. Changes memory and speed, never the update."""
+    micro_batch: PositiveInt | Literal["auto"] = 1
+    """Packs in one forward of one rank, laid end to end. Changes memory and speed, never the update. auto: as many as
+    fit, found by trial on the longest packs at the start."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share each pack (DeepSpeed Ulysses, Jacobs et al. 2023): each takes a part of its tokens, and of the
+    heads in attention. For documents too long for one GPU; must divide the ranks and the heads. Never changes the
+    update."""
+
+
+class EarlyStopSection(Section):
+    patience: PositiveInt | None = None
+    """End the run after this many measurements of the held-out loss in a row (one each eval.every steps) without a new
+    lowest; null: never. The model with the lowest loss among the checkpoints is exported."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A new lowest lies below the last by more than this, in nats per label."""
 
 
 class TrainSection(Section):
@@ -195,11 +90,48 @@ class TrainSection(Section):
     """Optimizer steps of the whole run (the schedule spans them); null: from epochs."""
     stop_after: PositiveInt | None = None
     """Save and leave after this step; the schedule still spans the whole run. Run again to go on."""
+    early_stop: EarlyStopSection = EarlyStopSection()
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that goes to all tokens of the vocabulary alike (Szegedy et al. 2016); 0.1 is the classic. In
+    the training loss only, not in held-out loss and probes."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Uniform noise on the embeddings in training, at most alpha / sqrt(length of the document x hidden size) (NEFTune,
+    Jain et al. 2024); 5 is the paper's choice."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, too, exported as a model of its own; 0.999 looks back about
+    1,000 steps. 4 bytes per parameter, spread over the ranks. null: none."""
+
+
+class LrMultiplier(Section):
+    match: str
+    """Regular expression; it holds for every parameter in whose name it is found (re.search)."""
+    factor: Annotated[float, Field(ge=0)] = 1.0
+    """Learning rate of these parameters, as a multiple of the others'; 0 keeps them as they are."""
+    start: Annotated[float, Field(ge=0)] = 0.0
+    """Until then they are kept as they are (progressive unfreezing): a fraction of all steps below 1, else a step."""
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+    @field_validator("start")
+    @classmethod
+    def _whole_steps(cls, value: float) -> float:
+        return fraction_or_whole(value, "steps")
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), fp32 states."""
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023): one moment, usually at a third to a tenth of AdamW's
+    lr; sgd with momentum betas[0]."""
+    states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """What the moments are held in; master weights are always fp32. bf16: 2 bytes each; 8bit: 1, in blocks with a scale
+    (Dettmers et al. 2022)."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate; 1e-5 to 2e-5 is usual for full-parameter SFT of 7B-13B models."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -210,6 +142,15 @@ class OptimSection(Section):
     """Decoupled decay per unit of learning rate, for matrices only."""
     no_decay: Annotated[list[str], BeforeValidator(split_commas)] = ["embed", "norm", "bias"]
     """Parameters whose name holds one of these strings are not decayed; one-dimensional ones never are."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer's learning rate as a multiple of that of the layer above (Howard & Ruder 2018; as in ELECTRA, the head
+    has 1 and the embedding is one below the first layer). 1: all the same."""
+    multipliers: list[LrMultiplier] = []
+    """Learning rates of parameters by name: {match: 'layers\\.[0-7]\\.', factor: 0.5, start: 0.3}; where several hold,
+    their product."""
+    l2_sp: Annotated[float, Field(ge=0)] = 0.0
+    """Pull towards the base model's weights per unit of learning rate (L2-SP, Li et al. 2018), decoupled from the
+    gradient like weight decay, which it is meant to replace; 4 more bytes per parameter, spread over the ranks."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -227,7 +168,7 @@ class ScheduleSection(Section):
     @field_validator("warmup")
     @classmethod
     def _whole_steps(cls, value: float) -> float:
-        return _fraction_or_whole(value, "steps")
+        return fraction_or_whole(value, "steps")
 
 
 class CheckpointSection(Section):
@@ -288,10 +229,21 @@ class ProbeSection(Section):
     (0.02 = two points; one-sided 95 %); null: only measure."""
 
 
+class SamplesSection(Section):
+    prompts: str | None = None
+    """File of prompts that are answered before the first step and while training goes on: .txt with an instruction per
+    line, or .json or .jsonl with Alpaca rows; null: none."""
+    every: PositiveInt = 500
+    """Optimizer steps between two times (and at the last step)."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer in tokens. Each token is one forward of every rank."""
+
+
 class EvalSection(Section):
     every: PositiveInt = 500
     """Optimizer steps between measurements of the held-out loss (and at the last step)."""
     probe: ProbeSection = ProbeSection()
+    samples: SamplesSection = SamplesSection()
 
 
 class TrackSection(Section):
@@ -319,18 +271,26 @@ class RunConfig(Section):
     track: TrackSection = TrackSection()
     max_hours: Annotated[float, Field(gt=0)] | None = None
     """Save and leave in time for this many hours after the start: the job's wall-clock limit; exit code 75."""
+    lr_finder: bool = False
+    """Instead of training: raise the learning rate step by step from 1e-8, record the loss, and suggest an optim.lr
+    (Smith 2017). Writes <out>/lr-finder.json and .png, and leaves the weights as they were."""
     out: str
     """Folder of this run; running the same command again resumes from its newest complete checkpoint."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        if self.batch.rows_per_step % self.batch.micro_batch:
+        if isinstance(self.batch.micro_batch, int) and self.batch.rows_per_step % self.batch.micro_batch:
             raise ValueError(
                 f"batch.rows_per_step {self.batch.rows_per_step} must be a multiple of "
                 f"batch.micro_batch {self.batch.micro_batch}"
             )
         if self.schedule.cycles > 1 and self.schedule.name != "cosine_restarts":
             raise ValueError(f"schedule.cycles {self.schedule.cycles} needs schedule.name cosine_restarts")
+        if self.train.early_stop.patience is not None and self.data.heldout is None:
+            raise ValueError(
+                f"train.early_stop.patience {self.train.early_stop.patience} needs data.heldout: the shards whose loss "
+                "says when to stop"
+            )
         if self.eval.probe.max_drop is not None and self.eval.probe.data is None:
             raise ValueError(
                 f"eval.probe.max_drop {self.eval.probe.max_drop} needs eval.probe.data: where MMLU and HellaSwag are"
@@ -351,30 +311,19 @@ class BlameConfig(Section):
 class ExportConfig(Section):
     run: str
     """Run folder (its newest complete checkpoint), or one checkpoint folder."""
+    ema: bool = False
+    """The moving average of the weights (train.ema_decay) instead of the weights."""
+    average: Annotated[int, Field(ge=2)] | None = None
+    """The mean of the weights of the last so many complete checkpoints (Izmailov et al. 2018)."""
     out: str | None = None
-    """Folder to create; default: <run>/export, or <run>/export-step-… before the run's end."""
+    """Folder to create; default: <run>/export, -ema or -average-N behind it, and -step-… before the run's end."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the exported weights; auto: the dtype the model was computed in."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest safetensors file in GB (10^9 bytes); also bounds the host memory in use."""
 
 
-# Looking at packed rows, and the demonstration
-
-
-class ShowConfig(Section):
-    shards: str
-    """Shard folder written by `sft prep` (<prep out>/train), or the folder above it."""
-    rows: PositiveInt = 2
-    """Packs to print."""
-    start: Annotated[int, Field(ge=0)] = 0
-    """First pack to print."""
-    doc: Annotated[int, Field(ge=0)] | None = None
-    """Print only the document with this id (the input row over all sources, from 0), wherever it is packed."""
-    html: str | None = None
-    """Write a self-contained page to this file instead, with every token and its id."""
-    tokenizer: str | None = None
-    """Tokenizer folder; default: the one the manifest names."""
+# The demonstration
 
 
 class DemoConfig(Section):

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 
+from sft import ema, l2_sp
 from sft.attention import choose_kernel, register
 from sft.config import RunConfig
 from sft.errors import UserError
-from sft.model import PackedCausalLM, load_model
+from sft.model import PackedCausalLM, attention_dropout, load_model, regularise
 from sft.optim import build_optimizer
 from sft.pretrained import choose_dtype, load_causal_lm
 from sft.rendezvous import Meeting
-from sft.zero_state import flat_tensors
+from sft.zero_state import flat_tensors, make_states
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -142,23 +143,24 @@ def join(meeting: Meeting) -> torch.device:
     return device
 
 
-def choose_numerics(config: RunConfig, device: torch.device, model_type: str) -> Numerics:
+def choose_numerics(config: RunConfig, device: torch.device, model_config: dict[str, Any]) -> Numerics:
     """Device, dtype, attention kernel and layer kernels; `auto` resolved, explicit wishes checked.
 
     Raises:
         UserError: a wish cannot be met on this device.
     """
     dtype = choose_dtype(config.model.precision, device)
-    attention = choose_kernel(config.model.attention, device, dtype)
+    dropout = attention_dropout(config.model, model_config)
+    attention = choose_kernel(config.model.attention, device, dtype, dropout)
     has_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     if config.model.kernels == "liger" and not has_liger:
         raise UserError("model.kernels liger: needs a GPU and the liger-kernel package; use torch")
-    liger = has_liger and config.model.kernels != "torch" and model_type in ("llama", "mistral", "qwen2", "qwen3")
+    liger = has_liger and config.model.kernels != "torch"  # it has kernels for each of sft.model.FAMILIES
     return Numerics(device, dtype, attention, liger)
 
 
 def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics) -> deepspeed.DeepSpeedEngine:
-    """Load the base model and wrap it: partitioned, with optimizer, ready for `engine(micro_batch)`."""
+    """Load the base model and wrap it: partitioned, with optimizer and its state, ready for `engine(micro_batch)`."""
     settings = engine_settings(config, strategy, numerics)
     model = _load(config, settings, numerics)
     offload = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
@@ -170,6 +172,11 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"deepspeed {config.deepspeed}: DeepSpeed refuses it: {reason}") from error
+    make_states(engine.optimizer)
+    if config.optim.l2_sp:
+        l2_sp.attach(engine.optimizer, config.optim.l2_sp)
+    if config.train.ema_decay is not None:
+        ema.attach(engine.optimizer)  # behind the pull: it averages what an update has made
     # DeepSpeed's own groups are clones of the world's that do not inherit its timeout
     for group in {engine.optimizer.dp_process_group, engine.seq_data_parallel_group}:
         dist.distributed_c10d._set_pg_timeout(GROUP_TIMEOUT, group)
@@ -209,7 +216,7 @@ def engine_settings(config: RunConfig, strategy: dict[str, Any], numerics: Numer
         "data_types": {"grad_accum_dtype": "fp32"},  # left out, DeepSpeed would add bf16 gradients up in bf16
         "communication_data_type": "fp32",
         **strategy,
-        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "train_micro_batch_size_per_gpu": 1,  # one row of packs laid end to end: what DeepSpeed only reports
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": float(config.optim.grad_clip),  # left out, DeepSpeed 0.19 would clip at 1.0
@@ -250,6 +257,7 @@ def _load(config: RunConfig, settings: dict[str, Any], numerics: Numerics) -> Pa
         checkpointing=config.model.activation_checkpointing == "full",
         liger=numerics.liger,
     )
+    regularise(model, config.model, config.train)
     if alive is not None:
         unset_hf_deepspeed_config()
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Shards
+from sft import lr_groups, sequence
 from sft.checkpoint import check_identity, list_torn, newest_complete, read_meta
 from sft.config import RunConfig, TrackSection
 from sft.engine import read_strategy
@@ -34,6 +35,10 @@ class RunInputs:
     model_config: dict[str, Any]
     """config.json of the base model."""
     world_size: int
+    data_ranks: int
+    """Ranks that take different packs: world_size / batch.sequence_parallel."""
+    micro_batch: int
+    """Packs of one forward; where the run file says auto: 1, until sft.auto_batch has found more."""
     accumulation: int
     """Forwards of one rank per optimizer step."""
     steps_per_epoch: int
@@ -49,16 +54,21 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
     Raises:
         UserError: something is missing, torn, of another tokenizer, too long, or does not divide.
     """
-    per_forward = world_size * config.batch.micro_batch
+    data_ranks = sequence.data_ranks(world_size, config.batch.sequence_parallel)
+    micro_batch = 1 if config.batch.micro_batch == "auto" else config.batch.micro_batch
+    per_forward = data_ranks * micro_batch
     rows = config.batch.rows_per_step
     if rows % per_forward:
+        shared = f" / {config.batch.sequence_parallel} per pack" if config.batch.sequence_parallel > 1 else ""
         raise UserError(
-            f"batch.rows_per_step {rows} is no multiple of {world_size} ranks x micro_batch "
-            f"{config.batch.micro_batch} = {per_forward}; use {max(1, round(rows / per_forward)) * per_forward}"
+            f"batch.rows_per_step {rows} is no multiple of {world_size} ranks{shared} x micro_batch "
+            f"{micro_batch} = {per_forward}; use {max(1, round(rows / per_forward)) * per_forward}"
         )
     _check_trackers(config.track)
     strategy = read_strategy(config.deepspeed)
     model_config = read_model_config(config.model.path)
+    sequence.check_heads(config.batch.sequence_parallel, model_config)
+    lr_groups.check_names(config.optim, config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     train = open_model_shards("data.train", config.data.train, tokenizer, model_config, config.model.path)
     heldout = None
@@ -82,6 +92,8 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         strategy=strategy,
         model_config=model_config,
         world_size=world_size,
+        data_ranks=data_ranks,
+        micro_batch=micro_batch,
         accumulation=rows // per_forward,
         steps_per_epoch=epoch,
         total_steps=total,
@@ -107,6 +119,10 @@ def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
         "total_steps": inputs.total_steps,
         **{f"optim.{key}": value for key, value in config.optim.model_dump(mode="json").items()},
         **{f"schedule.{key}": value for key, value in config.schedule.model_dump(mode="json").items()},
+        "train.label_smoothing": config.train.label_smoothing,
+        "train.neftune_alpha": config.train.neftune_alpha,
+        "train.ema_decay": config.train.ema_decay,
+        "model.attention_dropout": config.model.attention_dropout,
     }
 
 
@@ -134,14 +150,16 @@ def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
 
 def batch_arithmetic(config: RunConfig, inputs: RunInputs) -> list[str]:
     """The derived numbers, shown as the products that made them."""
-    rows, micro = config.batch.rows_per_step, config.batch.micro_batch
+    rows, micro = config.batch.rows_per_step, inputs.micro_batch
     packs = len(inputs.train)
     tokens, labels = (inputs.train.manifest["totals"][name] / packs for name in ("tokens", "labels"))
-    ranks, accumulation = inputs.world_size, inputs.accumulation
+    ranks, accumulation = inputs.data_ranks, inputs.accumulation
     per_step = f"{rows * tokens:,.0f}, of which {rows * labels:,.0f} are labels"
     epoch, total = inputs.steps_per_epoch, inputs.total_steps
+    share = config.batch.sequence_parallel
+    groups = f"{ranks} groups of {share} ranks" if share > 1 else f"{ranks} ranks"
     return [
-        f"rows per step   {ranks} ranks x {micro} micro-batch x {accumulation} accumulation = {rows}",
+        f"rows per step   {groups} x {micro} micro-batch x {accumulation} accumulation = {rows}",
         f"tokens per step {rows} packs x {tokens:,.0f} = {per_step}",
         f"steps           {packs:,} packs / {rows} = {epoch:,} per epoch, {total:,} in all",
     ]

@@ -24,6 +24,10 @@ CHUNK_LOGITS = 2**26
 class LossHead(nn.Linear):
     """An LM head that also computes summed losses where its weight is gathered."""
 
+    label_smoothing = 0.0
+    """Share e of the target that training gives to all V tokens alike (Szegedy et al. 2016): the loss of a token is
+    (1 - e) nll + e mean_V(-log p). In eval mode the loss is the plain nll."""
+
     def forward(
         self,
         hidden_NE: torch.Tensor,
@@ -39,8 +43,9 @@ class LossHead(nn.Linear):
         """
         if targets_N is None:
             return super().forward(hidden_NE)
+        smoothing = self.label_smoothing if self.training else 0.0
         return _SummedCrossEntropy.apply(
-            hidden_NE, self.weight, targets_N, source_N, num_sources, torch.is_grad_enabled()
+            hidden_NE, self.weight, targets_N, source_N, num_sources, smoothing, torch.is_grad_enabled()
         )
 
 
@@ -53,6 +58,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         targets_N: torch.Tensor,
         source_N: torch.Tensor,
         num_sources: int,
+        smoothing: float,
         need_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
@@ -66,12 +72,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             targets_C1 = targets_N[part, None]
             logits_CV = (hidden_NE[part] @ weight_VE.T).float()
             lse_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-            losses_C1 = lse_C1 - logits_CV.gather(1, targets_C1)
+            losses_C1 = lse_C1 - (1 - smoothing) * logits_CV.gather(1, targets_C1)
+            if smoothing:
+                losses_C1 -= smoothing * logits_CV.mean(dim=-1, keepdim=True)
             total += losses_C1.sum()
             by_source_S.index_add_(0, source_N[part], losses_C1[:, 0].double())
             if need_grad:
                 grad_CV = logits_CV.sub_(lse_C1).exp_()
-                grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, -1.0))
+                grad_CV.scatter_add_(1, targets_C1, torch.full_like(lse_C1, smoothing - 1.0))
+                if smoothing:
+                    grad_CV -= smoothing / weight_VE.shape[0]
                 grad_CV = grad_CV.to(weight_VE.dtype)
                 grad_hidden_NE[part] = grad_CV @ weight_VE
                 _add_product(grad_weight_VE, grad_CV, hidden_NE[part])
@@ -87,7 +97,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         # scaled in fp32: the factor itself, rounded to bf16, would be off by up to 0.4 %
         dtype = grad_hidden_NE.dtype
         grad_hidden_NE = (grad_hidden_NE.float() * grad_total).to(dtype)
-        return grad_hidden_NE, grad_weight_VE.mul_(grad_total).to(dtype), None, None, None, None
+        return grad_hidden_NE, grad_weight_VE.mul_(grad_total).to(dtype), None, None, None, None, None
 
 
 def _add_product(sum_VE: torch.Tensor, grad_CV: torch.Tensor, hidden_CE: torch.Tensor) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from sft.batch import MicroBatch
+from sft.config import ModelSection, TrainSection
 from sft.errors import UserError
 from sft.loss import LossHead
+from sft.neftune import noise
 from sft.pretrained import load_causal_lm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -18,6 +20,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 class PackedCausalLM(nn.Module):
     """`hf` with packed documents in and summed losses out; parameter names are `hf.` + transformers' names."""
+
+    neftune_alpha = 0.0
+    """See sft.neftune; in training mode only."""
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
@@ -29,8 +34,11 @@ class PackedCausalLM(nn.Module):
         Returns:
             (total, by_source_S): fp32 scalar to optimise, and its part from each data source, fp32, detached.
         """
+        embedded_1TE = self.hf.model.embed_tokens(batch.ids_1T)
+        if self.training and self.neftune_alpha:
+            embedded_1TE = embedded_1TE + noise(batch, self.neftune_alpha, embedded_1TE)
         hidden_TE = self.hf.model(
-            input_ids=batch.ids_1T,
+            inputs_embeds=embedded_1TE,
             position_ids=batch.pos_1T,
             attention_mask=None,  # with a mask or a cache transformers would mix the documents
             use_cache=False,
@@ -74,11 +82,6 @@ def read_model_config(folder: str) -> dict[str, Any]:
             f"model.path {folder}/config.json: rope type longrope is not supported: documents of a pack would depend "
             "on each other's length; use a model with another one"
         )
-    if config.get("attention_dropout"):
-        raise UserError(
-            f"model.path {folder}/config.json: attention_dropout {config['attention_dropout']} is not supported; "
-            "set it to 0.0"
-        )
     return config
 
 
@@ -110,6 +113,23 @@ def load_model(folder: str, *, dtype: torch.dtype, attention: str, checkpointing
     if checkpointing:
         hf.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return PackedCausalLM(hf)
+
+
+def attention_dropout(settings: ModelSection, model_config: dict[str, Any]) -> float:
+    """Of a run: the run file's, or that of config.json."""
+    own = model_config.get("attention_dropout") or 0.0
+    return own if settings.attention_dropout is None else settings.attention_dropout
+
+
+def regularise(model: PackedCausalLM, settings: ModelSection, train: TrainSection) -> None:
+    """Set what changes the loss in training mode alone: label smoothing, noise, dropout."""
+    model.neftune_alpha = train.neftune_alpha
+    model.hf.lm_head.label_smoothing = train.label_smoothing
+    if settings.attention_dropout is not None:
+        layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+        assert layers, "transformers' attention modules no longer have an attention_dropout"
+        for module in layers:
+            setattr(module, "attention_dropout", settings.attention_dropout)  # noqa: B010  mypy: modules hold tensors
 
 
 def _patch_with_liger(model_type: str) -> None:

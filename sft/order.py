@@ -32,6 +32,15 @@ def order(seed: int, epoch: int, num_packs: int) -> Rows:
     return rows
 
 
+def seed_at(seed: int, step: int, place: int) -> int:
+    """Seed of what is random about the pack at `place` of optimizer step `step` (both from 0): below 2 ** 63.
+
+    Of nothing else, so that ranks, accumulation and micro-batch do not show in it, and a resume has nothing to restore.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{place}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def steps_per_epoch(num_packs: int, rows_per_step: int) -> int:
     """Optimizer steps of one pass, the last one possibly padded with filler rows."""
     return -(-num_packs // rows_per_step)

@@ -22,6 +22,25 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
 
 
+def parameter_names(folder: str | Path) -> list[str]:
+    """Names of all parameters of the architecture in config.json, tied ones once. Nothing is loaded.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    errors: tuple[type[Exception], ...] = (*folder_errors(), RuntimeError)
+    quiet_libraries()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except errors as error:
+        raise UserError(f"model {folder}: cannot be built: {' '.join(str(error).split())[:300]}") from error
+    return [name for name, _ in model.named_parameters()]
+
+
 def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) -> Any:
     """transformers causal LM from local safetensors only; every tensor of the architecture must be there.
 

@@ -128,7 +128,7 @@ def measure(run: Run, step: int) -> np.ndarray | None:
     """
     probe, rank, world_size = run.inputs.probe, dist.get_rank(), dist.get_world_size()
     assert probe is not None
-    tokens = run.config.batch.micro_batch * run.inputs.train.manifest["seq_len"]  # what training shows to fit
+    tokens = run.inputs.micro_batch * run.inputs.train.manifest["seq_len"]  # what training shows to fit
     forwards = cut_forwards(probe.documents, tokens)  # before the ranks share them: the same for any number of ranks
     forwards += [[] for _ in range(-len(forwards) % world_size)]
     device = run.numerics.device

@@ -7,9 +7,14 @@ from sft.config import ScheduleSection
 
 def warmup_steps(schedule: ScheduleSection, total_steps: int) -> int:
     """Steps of linear warm-up: a fraction of the run below 1, else a number of steps."""
-    if schedule.warmup < 1:
-        return math.ceil(schedule.warmup * total_steps - 1e-9)  # 0.07 of 100 is 7.000000000000001 in binary
-    return int(schedule.warmup)
+    return as_steps(schedule.warmup, total_steps)
+
+
+def as_steps(value: float, total_steps: int) -> int:
+    """A fraction of all steps below 1, rounded up, else a number of steps."""
+    if value < 1:
+        return math.ceil(value * total_steps - 1e-9)  # 0.07 of 100 is 7.000000000000001 in binary
+    return int(value)
 
 
 def lr_at(step: int, total_steps: int, peak_lr: float, schedule: ScheduleSection) -> float:

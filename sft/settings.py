@@ -71,7 +71,8 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        problems += [line for item in error.errors() for line in _describe(item, model, flags.config, given)]
+        lines = [line for item in error.errors() for line in _describe(item, model, flags.config, given)]
+        problems += _joined(lines)
     if problems:
         raise UserError(problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems", *problems]))
     if flags.print_config:
@@ -237,6 +238,15 @@ def _describe(item: Any, model: type[BaseModel], file: str | None, given: Mappin
     if item["type"] == "value_error" and not location:
         return [message]
     return [f"{where}: got {item['input']!r}, {message[0].lower()}{message[1:]}"]
+
+
+def _joined(lines: Sequence[str]) -> list[str]:
+    """One line for a value that fits none of several types: "must be a valid integer, or 'auto'"."""
+    wishes: dict[str, list[str]] = {}
+    for line in lines:
+        got, must, wish = line.partition(", must be ")
+        wishes.setdefault(got + must, []).append(wish)
+    return [got + ", or ".join(wish) for got, wish in wishes.items()]
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

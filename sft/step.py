@@ -1,6 +1,7 @@
 """One optimizer step, and the held-out loss: what every rank does together, with one host sync at the end."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from sft.config import RunConfig
 from sft.engine import Numerics, data_parallel_size
 from sft.inputs import RunInputs
 from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.model import attention_dropout
+from sft.optim import set_rates
 from sft.preemption import StopRequest
 from sft.saver import Saver
+from sft.sequence import Shares, own_part
 from sft.watchdog import Watchdog
 
 SLOW_LIMIT_S = 3600.0
@@ -37,6 +41,7 @@ class Run:
     watch: Watchdog
     stop: StopRequest
     saver: Saver
+    shares: Shares
     flops_per_token: float
     """See sft.metrics.flops_per_token."""
 
@@ -71,21 +76,21 @@ def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, A
     rows = order.step_rows(config.data.seed, step, len(shards), config.batch.rows_per_step)
     labels = batch.num_labels(shards, rows)
     lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    set_rates(engine.optimizer.param_groups, step + 1, run.inputs.total_steps, lr, config.train.ema_decay)
     if pass_over is None and labels == 0:  # decay and momentum would still move the weights
         pass_over = "no labels in this step"
     if pass_over is not None:
         return None if run.stop.agreed() else step_passed_over(run, step, rows, lr, pass_over)
     scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
-    parts = order.cut(rows, dist.get_rank(), dist.get_world_size(), config.batch.micro_batch)
+    parts = order.cut(rows, run.shares.data_rank, run.shares.data_ranks, run.inputs.micro_batch)
     losses, by_source = [], torch.zeros(len(shards.manifest["sources"]), device=run.numerics.device)
     engine.train()
-    for part in parts:
+    for part, seeds in zip(parts, noise_seeds(run, step), strict=True):
         if run.stop.agreed():
             return None
         run.watch.mark("forward and backward", step + 1)
-        loss, part_by_source = engine(batch.from_shards(shards, part, run.numerics.device))
+        seed_dropout(seeds, run.shares)
+        loss, part_by_source = engine(own_part(batch.from_shards(shards, part, run.numerics.device, seeds), run.shares))
         engine.backward(loss * scale, scale_wrt_gas=False)
         losses.append(loss.detach())
         by_source += part_by_source
@@ -104,6 +109,27 @@ def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, A
     return step_metrics(run, step, rows, started_s, facts) | source_metrics(run, totals)
 
 
+def noise_seeds(run: Run, step: int) -> list[list[int]]:
+    """For each of this rank's forwards of a step: seeds of its packs; none where nothing is random.
+
+    They follow from the step and the place in it alone: nothing to restore, and no trace of ranks or accumulation.
+    """
+    rows_per_step, shares = run.config.batch.rows_per_step, run.shares
+    places = order.cut(np.arange(rows_per_step), shares.data_rank, shares.data_ranks, run.inputs.micro_batch)
+    if not run.config.train.neftune_alpha and not attention_dropout(run.config.model, run.inputs.model_config):
+        return [[] for _ in places]
+    return [[order.seed_at(run.config.data.seed, step, int(place)) for place in part] for part in places]
+
+
+def seed_dropout(seeds: Sequence[int], shares: Shares) -> None:
+    """Seed torch's own generators, from which attention kernels draw what they drop, for one forward and its backward.
+
+    With the first pack's seed: with dropout, unlike anything else, the update depends on the micro-batch.
+    """
+    if seeds:
+        torch.manual_seed((seeds[0] + shares.rank) % 2**63)
+
+
 def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: str) -> dict[str, Any]:
     """Pass over the packs of a step without an update; its number, learning rate and packs are used up."""
     run.recorder.event("skip", step + 1, reason=reason)
@@ -113,7 +139,8 @@ def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: s
 
 def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor) -> Totals:
     """Everything that the ranks must agree on after a step: one all-reduce, one host sync."""
-    counts_2S = batch.source_counts(run.inputs.train, np.concatenate(parts))
+    own = np.concatenate(parts) if run.shares.rank == 0 else np.zeros(0, np.int64)  # packs that are shared count once
+    counts_2S = batch.source_counts(run.inputs.train, own)
     on_host = np.array([*counts_2S.flatten(), run.saver.is_written(), *run.stop.own_request()], dtype=np.float64)
     vector = torch.cat(
         [losses.sum(dtype=torch.float64)[None], by_source_S.double(), batch.to_device(on_host, losses.device)]
@@ -183,16 +210,16 @@ def heldout_loss(run: Run, step: int) -> float | None:
     """
     shards = run.inputs.heldout
     assert shards is not None
-    world_size, micro_batch = dist.get_world_size(), run.config.batch.micro_batch
-    rows = order.pad(np.arange(len(shards)), world_size * micro_batch)
+    data_ranks, micro_batch = run.shares.data_ranks, run.inputs.micro_batch
+    rows = order.pad(np.arange(len(shards)), data_ranks * micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=run.numerics.device)
     run.engine.eval()
     with torch.no_grad():
-        for part in order.cut(rows, dist.get_rank(), world_size, micro_batch):
+        for part in order.cut(rows, run.shares.data_rank, data_ranks, micro_batch):
             if run.stop.agreed():
                 return None
             run.watch.mark("held-out loss", step)
-            total += run.engine(batch.from_shards(shards, part, run.numerics.device))[0]
+            total += run.engine(own_part(batch.from_shards(shards, part, run.numerics.device), run.shares))[0]
     dist.all_reduce(total)
     loss = total.item() / batch.num_labels(shards, rows)
     run.recorder.event("evaluate", step, heldout_loss=loss)

@@ -24,6 +24,7 @@ from sft.preemption import StopRequest
 from sft.rendezvous import Meeting, meet
 from sft.run_folder import await_config, lock, run_folder, write_config
 from sft.saver import Saver
+from sft.sequence import share_packs
 from sft.signals import Inbox
 from sft.step import SLOW_LIMIT_S, Run, heldout_loss, train_step, training_flops_per_token
 from sft.watchdog import Watchdog
@@ -52,7 +53,7 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
-    numerics = choose_numerics(config, choose_device(), inputs.model_config["model_type"])
+    numerics = choose_numerics(config, choose_device(), inputs.model_config)
     meeting = meet(config.guard.arrive_after_s, lambda: inbox.received is not None)
     is_first = meeting.rank == 0
     if is_first:
@@ -128,7 +129,8 @@ def start_up(
     saver = Saver(engine, out / "checkpoints", identities, config.checkpoint, local_ranks, recorder.event)
     stop.allow_for(saver.seconds_needed)
     flops_per_token = training_flops_per_token(engine, inputs)
-    run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, flops_per_token)
+    shares = share_packs(config.batch.sequence_parallel)
+    run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, shares, flops_per_token)
     announce(run)
     watch.mark("isolation probe", 0, SLOW_LIMIT_S)
     recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))

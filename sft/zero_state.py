@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 """Master weights and Adam's two moments, all fp32."""
+EMA = "ema"
+"""The moving average of the master weights, fp32; see sft.ema."""
 PREFIX = "hf."
 """PackedCausalLM's attribute; stripped, so that a checkpoint names parameters as transformers does."""
 
@@ -49,16 +51,21 @@ def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
 
 
 def state_tensors(optimizer: Any) -> dict[str, list[torch.Tensor]]:
-    """The live flat tensors of each of STATES; moments are made, as zeros, where no update was made yet."""
+    """The live flat tensors of each of STATES, and of EMA where an average is kept."""
     flats = flat_tensors(optimizer)
     states = optimizer.optimizer.state
-    if not states[flats[0]]:  # Adam makes all of its state at its first step, or none
-        for flat in flats:
-            states[flat] = {state: torch.zeros_like(flat, requires_grad=False) for state in STATES[1:]}
-        set_optimizer_step(optimizer, 0)
+    names = [*STATES[1:], *([EMA] if EMA in states[flats[0]] else [])]
     return {"fp32": [flat.detach() for flat in flats]} | {
-        state: [states[flat][state] for flat in flats] for state in STATES[1:]
+        name: [states[flat][name] for flat in flats] for name in names
     }
+
+
+def make_states(optimizer: Any) -> None:
+    """Make the optimizer's state as zeros, which it would otherwise do at its first step."""
+    states = optimizer.optimizer.state
+    for flat in flat_tensors(optimizer):
+        states[flat] = {state: torch.zeros_like(flat, requires_grad=False) for state in STATES[1:]}
+    set_optimizer_step(optimizer, 0)
 
 
 def owned_slices(optimizer: Any) -> Iterator[Slice]:

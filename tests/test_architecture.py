@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sft", "data_prep")
 
-GROUND_FLOOR = {"sft.errors", "sft.config", "sft.settings", "sft.tokenizer"}
+GROUND_FLOOR = {"sft.errors", "sft.config", "sft.prep_options", "sft.settings", "sft.tokenizer"}
 """What data_prep may use of sft."""
 SHARED = {"data_prep.shards", "data_prep.template"}
 """What sft may use of data_prep."""
@@ -23,6 +23,7 @@ TORCH_FREE = (
     *sorted(GROUND_FLOOR),
     "sft.order",
     "sft.schedule",
+    "sft.early_stop",
     "sft.eval.stats",
     "sft.eval.power",
     "sft.eval.shift",

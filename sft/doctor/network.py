@@ -338,14 +338,15 @@ def _for_run(config: RunConfig, device: torch.device, overall: Bandwidth, ranks:
         dtype = choose_dtype(config.model.precision, device)
         # of the numerics only device and dtype matter to the settings
         settings = engine_settings(config, strategy, Numerics(device, dtype, config.model.attention, False))
+        micro_batch = 1 if config.batch.micro_batch == "auto" else config.batch.micro_batch
         work = Workload(
             num_parameters=num_parameters(Path(config.model.path)),
             ranks=ranks,
             strategy=strategy,
             weight_bytes=dtype.itemsize,
             gradient_bytes=ITEMSIZE.get(settings["communication_data_type"], 4),
-            accumulation=max(1, config.batch.rows_per_step // (ranks * config.batch.micro_batch)),
-            micro_batch=config.batch.micro_batch,
+            accumulation=max(1, config.batch.rows_per_step * config.batch.sequence_parallel // (ranks * micro_batch)),
+            micro_batch=micro_batch,
             seq_len=read_manifest(Path(config.data.train))["seq_len"],
             recompute=config.model.activation_checkpointing == "full",
         )

@@ -80,7 +80,7 @@ def measure(group: Group, config: RunConfig, device: torch.device, options: Doct
         if folder is None:
             return [_no_room(group)]
         small = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
-        numerics = choose_numerics(small, device, "llama")
+        numerics = choose_numerics(small, device, {})
         with bounded(group, "training a small model"):
             return [_compare(group, small, numerics, strategy, size, options.limit_s)]
 
@@ -91,7 +91,7 @@ def _strategy(config: RunConfig, world_size: int, device: torch.device) -> tuple
         return None, Finding(CHECK, "skip", "all ranks", "there is one rank: nothing to overlap")
     try:
         strategy = read_strategy(config.deepspeed)
-        choose_numerics(config, device, "llama")
+        choose_numerics(config, device, {})
     except UserError as error:
         return None, Finding(CHECK, "skip", "all ranks", f"cannot be told: {error}")
     zero = strategy["zero_optimization"]

@@ -127,7 +127,7 @@ def run_case(case: str, folder: Path, data: Path, is_first: bool) -> None:
     config = load(RunConfig, [text for key, value in options.items() for text in (f"--{key}", str(value))], prog=case)
     inputs = open_inputs(config, int(os.environ["WORLD_SIZE"]))
     meeting = meet(60.0)
-    numerics = choose_numerics(config, join(meeting), "llama")
+    numerics = choose_numerics(config, join(meeting), {})
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with Recorder(config, out, False, STEPS) as recorder:

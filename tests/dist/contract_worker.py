@@ -47,7 +47,7 @@ def run_case(case: dict[str, Any], out: Path, meeting: Meeting, device: torch.de
     flags = [text for name, value in case["options"].items() for text in (f"--{name}", str(value))]
     config = load(RunConfig, [*flags, "--out", str(out / case["name"])], prog="contract_worker")
     inputs = open_inputs(config, dist.get_world_size())
-    numerics = choose_numerics(config, device, read_model_config(config.model.path)["model_type"])
+    numerics = choose_numerics(config, device, read_model_config(config.model.path))
     out = Path(config.out)
     with Recorder(config, out, False, inputs.total_steps) as recorder:
         # not started: a rank that is lost here ends the test by its launcher

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     config = load(RunConfig, argv, prog="export_worker")
     inputs = open_inputs(config, world_size=2)
     meeting = meet(60.0)
-    numerics = choose_numerics(config, join(meeting), "llama")
+    numerics = choose_numerics(config, join(meeting), {})
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with Recorder(config, out, False, 2) as recorder:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 def build(config: RunConfig, section: dict[str, Any], rates: list[float], device: torch.device) -> Any:
     """A new engine on the base model, each of whose groups learns at a rate of its own."""
     strategy = read_strategy(config.deepspeed) | section
-    engine = build_engine(config, strategy, choose_numerics(config, device, "llama"))
+    engine = build_engine(config, strategy, choose_numerics(config, device, {}))
     for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     return engine

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from sft import config
+from sft import config, prep_options
 from sft.augment_options import AugmentConfig
 from sft.doctor.options import DoctorConfig
 from sft.eval.options import DriftConfig, EvalConfig
@@ -16,9 +16,9 @@ from sft.settings import walk_options
 from sft.stage import StageConfig
 
 COMMANDS = {
-    "sft prep": config.PrepConfig,
+    "sft prep": prep_options.PrepConfig,
     "sft augment": AugmentConfig,
-    "sft prep verify": config.VerifyConfig,
+    "sft prep verify": prep_options.VerifyConfig,
     "sft train": config.RunConfig,
     "sft stage": StageConfig,
     "sft doctor": DoctorConfig,
@@ -26,7 +26,7 @@ COMMANDS = {
     "sft export": config.ExportConfig,
     "sft eval": EvalConfig,
     "sft drift": DriftConfig,
-    "sft show": config.ShowConfig,
+    "sft show": prep_options.ShowConfig,
     "sft demo": config.DemoConfig,
 }
 OPTIONS = {
@@ -235,7 +235,7 @@ def test_options_are_frozen(command):
 
 
 def test_source_keys_are_frozen():
-    assert options_of(config.Source) == [
+    assert options_of(prep_options.Source) == [
         "path*",
         "name",
         "format",

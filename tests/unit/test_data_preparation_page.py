@@ -12,7 +12,7 @@ from data_prep import build, filters, show, verify
 from data_prep.formats import RowError, parse_row
 from data_prep.shards import COLUMNS
 from data_prep.template import render_alpaca
-from sft.config import PrepConfig, Source
+from sft.prep_options import PrepConfig, Source
 from sft.settings import load
 from tests.prep_support import alpaca_rows, write_json
 from tests.tiny import REPO, make_evals, make_tokenizer

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sft.config import PrepConfig, RunConfig
+from sft.config import RunConfig
+from sft.prep_options import PrepConfig
 from sft.settings import load
 from tests.dist import stand_in
 

@@ -12,7 +12,7 @@ from data_prep import blocks, build, filters
 from data_prep.report import SourceFate
 from data_prep.shards import open_shards
 from data_prep.template import alpaca_prompt
-from sft.config import PrepConfig, Source
+from sft.prep_options import PrepConfig, Source
 from tests.prep_jobs import reasons, report_of, tree
 from tests.prep_support import alpaca_rows, byte_ids, documents, flags, prepare, refused, write_json, write_jsonl
 from tests.tiny import BOS, EOS, make_tokenizer

@@ -15,8 +15,8 @@ from data_prep.documents import Encoded
 from data_prep.mixture import keys_to_array, text_key
 from data_prep.near import Signer
 from data_prep.report import SourceFate
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 
 WORDS = 40
 """Words of a long text: enough that one changed word leaves it similar."""

@@ -9,7 +9,7 @@ import pytest
 from data_prep import near
 from data_prep.dedup import first_occurrences
 from data_prep.near import Signer, algorithm, bands_for, near_duplicates, shingles
-from sft.config import NearSection
+from sft.prep_options import NearSection
 
 RECORDED = [[3227799074, 3414526352, 3528032977], [3316394919, 4113287838, 3970622743]]
 

@@ -19,8 +19,8 @@ import pytest
 
 from data_prep import blocks, workers
 from data_prep.readers import RawBlock, block_rows, read_blocks
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.tokenizer import load_tokenizer
 from tests import prep_jobs
 from tests.prep_jobs import Ended, children, content, killed_at_end, run, start, state, wait_until

@@ -9,8 +9,8 @@ import pytest
 from data_prep import filters, garbled
 from data_prep.example import Example
 from data_prep.filters import MEANING, load_refusals, make_text_filter, repetition
-from sft.config import FilterSection
 from sft.errors import UserError
+from sft.prep_options import FilterSection
 from tests.prep_support import prepare, write_json
 from tests.tiny import make_tokenizer
 

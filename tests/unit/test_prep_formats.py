@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data_prep.example import Turn
 from data_prep.formats import ROLES, RowError, check_columns, parse_row, shorten
-from sft.config import Source
 from sft.errors import UserError
+from sft.prep_options import Source
 
 ROW = {"instruction": "Add.", "input": "1 2", "output": "3"}
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

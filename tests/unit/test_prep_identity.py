@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep import blocks, build, identity, template
-from sft.config import PrepConfig, Source
+from sft.prep_options import PrepConfig, Source
 from sft.settings import walk_options
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import alpaca_rows, file_bytes, flags, prepare, refused, write_json, write_jsonl

@@ -10,8 +10,8 @@ import pytest
 from data_prep import ray_engine
 from data_prep.blocks import Block, Encoder, make_encoder
 from data_prep.readers import read_blocks
-from sft.config import PrepConfig
 from sft.errors import UserError
+from sft.prep_options import PrepConfig
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import alpaca_rows, write_json
 from tests.tiny import make_tokenizer

@@ -25,8 +25,8 @@ from data_prep.pack import pack
 from data_prep.probe import compare_encoders
 from data_prep.report import SourceFate
 from data_prep.spill import work_folder
-from sft.config import PrepConfig, Source
 from sft.errors import UserError, run_command
+from sft.prep_options import PrepConfig, Source
 from sft.tokenizer import load_tokenizer
 from tests.prep_support import WORDS, alpaca_rows, answer, documents, flags, prepare, write_json, write_jsonl
 from tests.tiny import make_tokenizer

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from sft import config
+from sft import config, prep_options
 from sft.augment_options import AugmentConfig
 from sft.cli import COMMANDS, take_ranks
 from sft.doctor.options import DoctorConfig
@@ -20,10 +20,10 @@ from tests.tiny import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 OPTIONS = {
-    "prep": config.PrepConfig,
-    "prep verify": config.VerifyConfig,
+    "prep": prep_options.PrepConfig,
+    "prep verify": prep_options.VerifyConfig,
     "augment": AugmentConfig,
-    "show": config.ShowConfig,
+    "show": prep_options.ShowConfig,
     "train": config.RunConfig,
     "doctor": DoctorConfig,
     "stage": StageConfig,

@@ -7,9 +7,10 @@ import jsonschema
 import pytest
 import yaml
 
-from sft.config import PrepConfig, RunConfig, ShowConfig
+from sft.config import RunConfig
 from sft.errors import UserError
 from sft.eval.options import DriftConfig, EvalConfig
+from sft.prep_options import PrepConfig, ShowConfig
 from sft.settings import load, redact, to_yaml
 
 REQUIRED = ["--model.path", "base", "--data.train", "shards", "--out", "run"]
