@@ -3,6 +3,7 @@
 The classic rule (Prechelt 1998, "Early stopping - but when?"): no new lowest loss in `patience` measurements in a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,18 +28,19 @@ class Stalled:
         )
 
 
-def stalled(measured: Sequence[tuple[int, float]], every: int, rule: EarlyStopSection) -> Stalled | None:
+def stalled(measured: Sequence[tuple[int, float | None]], every: int, rule: EarlyStopSection) -> Stalled | None:
     """The first moment at which the rule says stop, or None.
 
     Args:
-        measured: (step, held-out loss) in order of steps; NaN is no new lowest.
+        measured: (step, held-out loss) in order of steps. None, where measuring was cut short, and NaN do not count:
+            metrics.jsonl, from which a resumed run knows them, holds null for either.
         every: eval.every; only its multiples count, for how often a run is saved must not show.
     """
     if rule.patience is None:
         return None
     best_step, best_loss, waited = 0, float("inf"), 0
     for step, loss in measured:
-        if step % every:
+        if step % every or loss is None or not math.isfinite(loss):
             continue
         if loss < best_loss - rule.min_delta:
             best_step, best_loss, waited = step, loss, 0

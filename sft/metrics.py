@@ -28,7 +28,7 @@ ENDINGS: dict[type[BaseException], str] = {
     RankLost: "rank_lost",
 }
 """Events of the endings that are no mistake and no crash; those are the event `error`."""
-END_EVENTS = {*ENDINGS.values(), "error", "finish", "stop", "export", "unseen_end"}
+END_EVENTS = {*ENDINGS.values(), "error", "finish", "early_stop", "stop", "export", "unseen_end"}
 
 SECONDS_BETWEEN_LINES = 2.0
 """Without a terminal, at most one step is printed in this time; metrics.jsonl has them all."""
@@ -130,6 +130,15 @@ class Recorder:
             (line["step"], _number(line.get("loss")), _number(line.get("grad_norm")))
             for line in lines
             if "loss_by_source" in line and isinstance(line.get("step"), int)
+        ]
+
+    def heldout_history(self) -> list[tuple[int, float | None]]:
+        """(step, held-out loss) of the steps in metrics.jsonl at which it was measured; empty on other ranks than 0."""
+        lines = _read(self._out / "metrics.jsonl") if self._is_writer else []
+        return [
+            (line["step"], _number(line["heldout_loss"]))
+            for line in lines
+            if "heldout_loss" in line and isinstance(line.get("step"), int)
         ]
 
     def event(self, kind: str, step: int, **facts: Any) -> None:

@@ -61,6 +61,21 @@ def checkpoint_bytes(num_parameters: int) -> int:
     return 4 * len(STATES) * num_parameters
 
 
+def best_checkpoint(folder: Path) -> Path:
+    """The complete checkpoint with the lowest held-out loss, the newer one of two equals; without any measured, the
+    newest.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    complete = _complete(folder)
+    if not complete:
+        raise UserError(f"{folder}: holds no complete checkpoint to export")
+    losses = {step: meta["heldout_loss"] for step, (_, meta) in complete.items()}
+    measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return complete[min(measured, key=lambda step: (measured[step], -step)) if measured else max(complete)][0]
+
+
 def _complete(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
     """Folder and meta.json of every complete checkpoint, by step."""
     found = [(path, read_meta(path)) for path in list_checkpoints(folder) if is_complete(path)]

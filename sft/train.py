@@ -19,6 +19,8 @@ def main(argv: Sequence[str]) -> None:
     config = load(RunConfig, argv, prog="sft train")
     # a rank whose peers are lost says so in one line; torch's own account of the broken store is a C++ stack
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from sft.checkpoint import step_folder
+    from sft.retention import best_checkpoint
     from sft.training import run_training
 
     ended = run_training(config, inbox)
@@ -26,30 +28,36 @@ def main(argv: Sequence[str]) -> None:
     if ended is None:
         return
     if ended.already:
-        print(f"{ended.out}: this run is finished ({ended.total_steps} steps); nothing to train")
+        print(f"{ended.out}: this run is finished ({ended.step} of {ended.total_steps} steps); nothing to train")
+    if ended.stalled is not None:
+        print(f"{ended.out}: stopped early: {ended.stalled}")
     elif ended.step < ended.total_steps:
         print(f"{ended.out}: stopped after step {ended.step} of {ended.total_steps} as asked; run again to go on")
         return
-    export(ended.out, ended.total_steps, Path(config.model.path))
+    checkpoints = ended.out / "checkpoints"
+    saved = step_folder(checkpoints, ended.step) if ended.stalled is None else best_checkpoint(checkpoints)
+    export(saved, "fp32", Path(config.model.path), ended.out / "export")
+    if config.train.ema_decay is not None:
+        export(saved, "ema", Path(config.model.path), ended.out / "export-ema")
 
 
-def export(out: Path, total_steps: int, base: Path) -> None:
-    """Export a finished run, once, and say where it is."""
-    from sft.checkpoint import step_folder
+def export(saved: Path, state: str, base: Path, folder: Path) -> None:
+    """Export the weights of a finished run, or their moving average, once, and say where they are."""
+    from sft.checkpoint import step_of
     from sft.hf_folder import export_checkpoint, verify_export
     from sft.metrics import record_event
 
-    last, folder = step_folder(out / "checkpoints", total_steps), out / "export"
+    out, step = folder.parent, step_of(saved)
     try:
         if folder.exists():
-            verify_export(last, folder)
+            verify_export(saved, folder)
         else:
-            export_checkpoint(last, base, folder)
+            export_checkpoint(saved, base, folder)
     except (UserError, Preempted, OSError) as error:
-        record_event(out, "preempt" if isinstance(error, Preempted) else "error", total_steps, reason=str(error))
+        record_event(out, "preempt" if isinstance(error, Preempted) else "error", step, reason=str(error))
         raise
-    record_event(out, "export", total_steps, folder=str(folder))
-    print(f"model: {folder} (loaded back with transformers, every tensor equal to the checkpoint)")
+    record_event(out, "export", step, folder=str(folder))
+    print(f"model: {folder} (loaded back with transformers, every tensor equal to the checkpoint of step {step})")
 
 
 if __name__ == "__main__":

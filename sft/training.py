@@ -10,8 +10,9 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from sft import checkpoint, probe, resume, rollback
+from sft import checkpoint, early_stop, probe, resume, rollback
 from sft.config import RunConfig
+from sft.early_stop import Stalled
 from sft.engine import Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
 from sft.errors import GateFailed, GuardStop, Preempted
 from sft.guard import Guard, Spike
@@ -42,6 +43,8 @@ class Ended:
     total_steps: int
     already: bool
     """It had been finished before this command."""
+    stalled: Stalled | None
+    """It ended before its last step, because the held-out loss no longer fell."""
 
 
 def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
@@ -66,25 +69,32 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
         watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
         newest = undamaged(config, inputs, recorder)
         recorder.step = checkpoint.step_of(newest)
-        finished = recorder.step == inputs.total_steps
+        stalled = early_stop.stalled(measured_before(recorder), config.eval.every, config.train.early_stop)
+        finished = recorder.step == inputs.total_steps or stalled is not None
         if not finished:
             resume.on_first_rank(lambda: write_config(config, out))
             await_config(out)
             stop = StopRequest(inbox, ends_at_s(config.max_hours))
-            train(start_up(config, inputs, numerics, out, recorder, watch, stop), newest)
+            stalled = train(start_up(config, inputs, numerics, out, recorder, watch, stop), newest)
     dist.destroy_process_group()
-    return Ended(out, inputs.last_step, inputs.total_steps, finished) if is_first else None
+    last_step = inputs.last_step if stalled is None else stalled.step
+    return Ended(out, last_step, inputs.total_steps, finished, stalled) if is_first else None
 
 
-def train(run: Run, newest: Path | None) -> None:
-    """From the base model, or the checkpoint `newest`, to the last step, or until the run is asked to stop."""
+def train(run: Run, newest: Path | None) -> Stalled | None:
+    """From the base model, or the checkpoint `newest`, to the last step, or until the run is asked to stop.
+
+    Returns:
+        Why it ended before its last step, where it was the held-out loss.
+    """
     config, inputs, recorder = run.config, run.inputs, run.recorder
     base = probe.measure_base(run, newest)
     step = start_from(run, newest)
     drift = probe.look(run, base, step)
     guard = Guard(config.guard, inputs.steps_per_epoch, resume.on_first_rank(recorder.history))
     passed_over = rollback.passed_over(run.out, run.identity)
-    while step < inputs.last_step and run.stop.reason is None and drift.over_budget is None:
+    measured, stalled = measured_before(recorder), None
+    while step < inputs.last_step and run.stop.reason is None and drift.over_budget is None and stalled is None:
         metrics = train_step(run, step, passed_over.get(step + 1))
         if metrics is None:
             break
@@ -92,17 +102,27 @@ def train(run: Run, newest: Path | None) -> None:
         saving = step == inputs.last_step or step % config.checkpoint.every == 0
         if inputs.heldout is not None and (saving or step % config.eval.every == 0):
             metrics["heldout_loss"] = heldout_loss(run, step)
+            measured.append((step, metrics["heldout_loss"]))
+            stalled = early_stop.stalled(measured, config.eval.every, config.train.early_stop)
         drift = probe.look(run, base, step)
         recorder.metrics(metrics | drift.metrics)
         spike = judge(run, guard, metrics)
         if spike is not None and (earlier := undo(run, spike)) is not None:
-            step, drift = earlier, probe.NOT_DUE
+            step, drift, stalled = earlier, probe.NOT_DUE, None
+            measured = measured_before(recorder)
             guard.forget_after(step)
             passed_over = rollback.passed_over(run.out, run.identity)
-        elif saving:
+        elif saving or stalled is not None:
             run.watch.mark("saving", step, SLOW_LIMIT_S)
             run.saver.begin(step, metrics.get("heldout_loss"))
-    leave(run, step, drift.over_budget)
+    leave(run, step, drift.over_budget, stalled)
+    return stalled
+
+
+def measured_before(recorder: Recorder) -> list[tuple[int, float | None]]:
+    """(step, held-out loss) of what this run has measured up to the recorder's step. Collective."""
+    history = resume.on_first_rank(recorder.heldout_history)
+    return [(step, loss) for step, loss in history if step <= recorder.step]
 
 
 def start_up(
@@ -201,7 +221,7 @@ def judge(run: Run, guard: Guard, metrics: dict[str, Any]) -> Spike | None:
         raise
 
 
-def leave(run: Run, step: int, over_budget: str | None) -> None:
+def leave(run: Run, step: int, over_budget: str | None, stalled: Stalled | None) -> None:
     """Save what is not saved yet, and record why the run ends here.
 
     Raises:
@@ -219,6 +239,11 @@ def leave(run: Run, step: int, over_budget: str | None) -> None:
             f"probe after step {step}: {over_budget}; the step is saved: {rest}, or begin anew with less drift (a "
             "lower optim.lr, replay data)"
         )
+    if stalled is not None:
+        run.saver.wait_for_deletions()
+        run.recorder.say(str(stalled))
+        run.recorder.event("early_stop", step, reason=str(stalled), **asdict(stalled))
+        return
     if step < run.inputs.last_step:
         saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
         raise Preempted(f"{run.stop.reason}; {saved}; run the same command again to go on")
