@@ -63,10 +63,13 @@ class Totals:
     """Every rank has written its part of the checkpoint that is under way."""
 
 
-def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, Any] | None:
+def train_step(
+    run: Run, step: int, pass_over: str | None = None, lr: float | None = None
+) -> dict[str, Any] | None:
     """One optimizer step (0-based `step`): loss = sum of token losses / labels of the whole step, over all ranks.
 
     The denominator is read from the shards before the first backward. With `pass_over`, a reason, nothing is updated.
+    `lr` takes the schedule's place.
 
     Returns:
         The line of metrics.jsonl; None where the run was asked to stop: nothing was updated then.
@@ -75,7 +78,8 @@ def train_step(run: Run, step: int, pass_over: str | None = None) -> dict[str, A
     config, shards, engine = run.config, run.inputs.train, run.engine
     rows = order.step_rows(config.data.seed, step, len(shards), config.batch.rows_per_step)
     labels = batch.num_labels(shards, rows)
-    lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
+    if lr is None:
+        lr = schedule.lr_at(step + 1, run.inputs.total_steps, config.optim.lr, config.schedule)
     set_rates(engine.optimizer.param_groups, step + 1, run.inputs.total_steps, lr, config.train.ema_decay)
     if pass_over is None and labels == 0:  # decay and momentum would still move the weights
         pass_over = "no labels in this step"
