@@ -47,7 +47,7 @@ def prove_isolation(engine: Any, vocab_size: int, device: torch.device) -> str:
 def _hidden(engine: Any, documents: list[np.ndarray], device: torch.device) -> torch.Tensor:
     batch = build([(ids, np.full(len(ids), -100)) for ids in documents], device)
     with torch.no_grad():
-        return engine(batch, return_hidden=True)
+        return engine(batch, ask="hidden")
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:

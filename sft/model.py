@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,11 +28,14 @@ class PackedCausalLM(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(self, batch: MicroBatch, return_hidden: bool = False) -> Any:
-        """Sums of -log p(target) over the supervised positions; or the last hidden states [T, E].
+    def forward(self, batch: MicroBatch, ask: Literal["loss", "hidden", "next"] = "loss") -> Any:
+        """What is asked of the packed documents.
 
         Returns:
-            (total, by_source_S): fp32 scalar to optimise, and its part from each data source, fp32, detached.
+            loss: (total, by_source_S), sums of -log p(target) over the supervised positions: fp32 scalar to optimise,
+            and its part from each data source, fp32, detached.
+            hidden: the last hidden states [T, E].
+            next: the most likely next token at each of predict_N, int64 [N].
         """
         embedded_1TE = self.hf.model.embed_tokens(batch.ids_1T)
         if self.training and self.neftune_alpha:
@@ -44,9 +47,11 @@ class PackedCausalLM(nn.Module):
             use_cache=False,
             layout=batch.layout,
         ).last_hidden_state[0]
-        if return_hidden:
+        if ask == "hidden":
             return hidden_TE
         hidden_NE = hidden_TE.index_select(0, batch.predict_N)
+        if ask == "next":
+            return self.hf.lm_head(hidden_NE).argmax(dim=-1)
         return self.hf.lm_head(hidden_NE, batch.targets_N, batch.source_N, batch.num_sources)
 
 

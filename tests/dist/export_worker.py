@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     rows = step_rows(0, 0, len(shards), 1)
     engine.eval()
     with torch.no_grad():
-        hidden_TE = engine(batch.from_shards(shards, rows, numerics.device), return_hidden=True)
+        hidden_TE = engine(batch.from_shards(shards, rows, numerics.device), ask="hidden")
     head = engine.module.hf.lm_head
     with deepspeed.zero.GatheredParameters([head.weight]):
         if dist.get_rank() == 0:

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,11 @@ def note_packs(path: Path) -> None:
             STEP, forward = step + 1, 0
         return step_rows(seed, step, *sizes)
 
-    def noted_packs(shards: Any, rows: order.Rows, device: torch.device) -> batch.MicroBatch:
+    def noted_packs(shards: Any, rows: order.Rows, device: torch.device, seeds: Sequence[int] = ()) -> batch.MicroBatch:
         nonlocal forward
         append(path, step=STEP, forward=forward, rank=int(os.environ["RANK"]), packs=rows.tolist())
         forward += 1
-        return from_shards(shards, rows, device)
+        return from_shards(shards, rows, device, seeds)
 
     order.step_rows, batch.from_shards = noted_step, noted_packs
 
@@ -163,14 +163,14 @@ def poison(argument: list[Any]) -> None:
     from_shards, forward = batch.from_shards, PackedCausalLM.forward
     poisoned = False
 
-    def watched(shards: Any, rows: order.Rows, device: torch.device) -> batch.MicroBatch:
+    def watched(shards: Any, rows: order.Rows, device: torch.device, seeds: Sequence[int] = ()) -> batch.MicroBatch:
         nonlocal poisoned
         poisoned = bool(set(packs) & set(rows.tolist()))
-        return from_shards(shards, rows, device)
+        return from_shards(shards, rows, device, seeds)
 
-    def patched(self: PackedCausalLM, micro_batch: batch.MicroBatch, return_hidden: bool = False) -> Any:
-        result = forward(self, micro_batch, return_hidden)
-        if return_hidden or not poisoned:
+    def patched(self: PackedCausalLM, micro_batch: batch.MicroBatch, ask: str = "loss") -> Any:
+        result = forward(self, micro_batch, ask)
+        if ask != "loss" or not poisoned:
             return result
         loss, by_source_S = result
         return (loss * math.nan if what == "loss" else loss + (loss - loss.detach()).sqrt()), by_source_S

@@ -77,8 +77,8 @@ def test_control_joined_documents_differ(model_folder):
     ).to(device)
     joined = [tuple(np.concatenate(part) for part in zip(*documents(), strict=True))]
     with torch.no_grad():
-        packed = model(build(documents(), device), return_hidden=True).float()
-        leaking = model(build(joined, device), return_hidden=True).float()
+        packed = model(build(documents(), device), ask="hidden").float()
+        leaking = model(build(joined, device), ask="hidden").float()
     assert relative(leaking, packed) > 5 * BF16_BAND
 
 
@@ -109,7 +109,7 @@ def test_a_bf16_zero3_step_equals_a_plain_bf16_step(model_folder, prepared, tmp_
     total, labels = 0.0, batch.num_labels(shards, rows)
     for row in rows:
         built = batch.from_shards(shards, np.array([row]), device)
-        hidden_TE = model(built, return_hidden=True)
+        hidden_TE = model(built, ask="hidden")
         logits_NV = (hidden_TE[built.predict_N] @ model.hf.lm_head.weight.T).float()
         loss = cross_entropy(logits_NV, built.targets_N, reduction="sum") / labels
         loss.backward()

@@ -60,7 +60,7 @@ def test_packed_equals_alone(base_model, checkpointing):
         difference = (parameter.grad - expected_grads[name]).norm() / expected_grads[name].norm()
         assert difference < 1e-5, name
     with torch.no_grad():
-        logits = model.hf.lm_head(model.eval()(batch, return_hidden=True))
+        logits = model.hf.lm_head(model.eval()(batch, ask="hidden"))
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
@@ -71,7 +71,7 @@ def test_control_a_plain_causal_mask_differs(base_model):
     model = load(base_model, checkpointing=False)
     with torch.no_grad():
         assert abs(model(joined)[0].item() - expected_loss) / expected_loss > 1e-3
-        logits = model.hf.lm_head(model(joined, return_hidden=True))
+        logits = model.hf.lm_head(model(joined, ask="hidden"))
     assert (logits - expected_logits).abs().max() > 0.1
 
 
