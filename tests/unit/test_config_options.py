@@ -77,20 +77,32 @@ OPTIONS = {
         "model.activation_checkpointing",
         "model.precision",
         "model.kernels",
+        "model.attention_dropout",
+        "model.mlp_tiles",
         "data.train*",
         "data.heldout",
         "data.seed",
         "batch.rows_per_step",
         "batch.micro_batch",
+        "batch.sequence_parallel",
         "train.epochs",
         "train.max_steps",
         "train.stop_after",
+        "train.early_stop.patience",
+        "train.early_stop.min_delta",
+        "train.label_smoothing",
+        "train.neftune_alpha",
+        "train.ema_decay",
         "optim.name",
+        "optim.states",
         "optim.lr",
         "optim.betas",
         "optim.eps",
         "optim.weight_decay",
         "optim.no_decay",
+        "optim.layer_decay",
+        "optim.multipliers",
+        "optim.l2_sp",
         "optim.grad_clip",
         "schedule.name",
         "schedule.warmup",
@@ -117,15 +129,21 @@ OPTIONS = {
         "eval.probe.items",
         "eval.probe.every",
         "eval.probe.max_drop",
+        "eval.samples.prompts",
+        "eval.samples.every",
+        "eval.samples.max_new_tokens",
         "track.wandb",
         "track.project",
         "track.tensorboard",
         "max_hours",
+        "lr_finder",
         "out*",
     ],
     "sft blame": ["run*", "step*"],
     "sft export": [
         "run*",
+        "ema",
+        "average",
         "out",
         "dtype",
         "max_shard_gb",
@@ -248,6 +266,10 @@ def test_source_keys_are_frozen():
     ]
 
 
+def test_keys_of_a_multiplier_are_frozen():
+    assert options_of(config.LrMultiplier) == ["match*", "factor", "start"]
+
+
 def test_every_command_has_a_list():
     """A config class that is added to sft.config without being frozen here would slip through the test above."""
     defined = {
@@ -281,4 +303,4 @@ def test_config_imports_nothing_heavy():
     tree = ast.parse(inspect.getsource(config))
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert modules <= {"typing", "pydantic"}
+    assert modules <= {"re", "typing", "pydantic"}

@@ -33,6 +33,32 @@ def test_loss_and_gradients_equal_plain_cross_entropy(monkeypatch, chunk_rows):
     torch.testing.assert_close(head.weight.grad, grads[1])
 
 
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+def test_label_smoothing_equals_pytorchs(monkeypatch, chunk_rows):
+    head, hidden_NE, targets_N = head_and_inputs()
+    expected = cross_entropy(hidden_NE @ head.weight.T, targets_N, reduction="sum", label_smoothing=0.1)
+    grads = torch.autograd.grad(expected, [hidden_NE, head.weight])
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_rows * 40)
+    head.label_smoothing = 0.1
+    total, by_source_S = head(hidden_NE, targets_N, targets_N % 2, 2)
+    total.backward()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(by_source_S.sum(), expected.detach())
+    torch.testing.assert_close(hidden_NE.grad, grads[0])
+    torch.testing.assert_close(head.weight.grad, grads[1])
+
+
+def test_label_smoothing_by_hand_and_in_training_only():
+    """One token, logits ln 1, ln 3: p = 1/4, 3/4; with e = 0.2 the target is 0.9, 0.1."""
+    head = LossHead(1, 2, bias=False)
+    head.weight.data = torch.tensor([[0.0], [math.log(3)]])
+    head.label_smoothing = 0.2
+    loss = total_loss(head, torch.ones(1, 1), torch.zeros(1, dtype=torch.long))
+    assert loss.item() == pytest.approx(0.9 * math.log(4) + 0.1 * math.log(4 / 3))
+    plain = total_loss(head.eval(), torch.ones(1, 1), torch.zeros(1, dtype=torch.long))
+    assert plain.item() == pytest.approx(math.log(4))
+
+
 def test_a_mean_would_differ():
     head, hidden_NE, targets_N = head_and_inputs()
     mean = cross_entropy(hidden_NE @ head.weight.T, targets_N)
