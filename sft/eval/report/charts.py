@@ -1,42 +1,15 @@
 """The pictures of drift.html as markup: shapes stretch with the page, their labels stay as large as its text."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from sft.eval.report.grids import known_gains
 from sft.eval.report.wording import points, task_name
+from sft.html_page.axis import Axis
 
-TICKS = 5
-"""Labels on an axis, about."""
 NUDGE = 0.8
 """Per cent of the width by which the curves of two tasks stand apart, so that equal points do not hide each other."""
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round values within [low, high], about TICKS of them."""
-    raw = (high - low) / TICKS or 1.0
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-class Axis:
-    """Values in [low, high] to percentages of a width or height."""
-
-    def __init__(self, values: Sequence[float]):
-        low, high = min(values), max(values)
-        pad = (high - low) * 0.04 or 0.01
-        self.low, self.high = low - pad, high + pad
-
-    def place(self, value: float) -> float:
-        """Percentage from the low end."""
-        return 100 * (value - self.low) / (self.high - self.low)
-
-    def ticks(self) -> list[float]:
-        """Round values on it."""
-        return ticks(self.low, self.high)
 
 
 def forest_axis(rows: Sequence[dict[str, Any]], margin: float) -> Axis:

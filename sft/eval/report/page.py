@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from sft.eval.report import charts, grids
@@ -24,6 +23,8 @@ from sft.eval.report.wording import (
     verdict_sentences,
     worst_verdict,
 )
+from sft.html_page.axis import Axis
+from sft.html_page.document import document, minus
 
 KINDS = {
     "right_to_wrong": "right → wrong",
@@ -38,8 +39,6 @@ METRIC_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, scores per character"}
 
 def to_html(report: dict[str, Any]) -> str:
     """The whole page. It loads nothing, and reads without its script, which sorts and filters the subjects."""
-    here = Path(__file__)
-    style, script = (here.with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     names = report["names"]
     several = len(report["models"]) > 2
     sections = [
@@ -50,12 +49,7 @@ def to_html(report: dict[str, Any]) -> str:
         _how_to_read(),
         _provenance(report),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Drift: {escape(names['base'])} to {escape(names['tuned'])}</title>\n"
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n{_join(sections)}\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
-    )
+    return document(f"Drift: {names['base']} to {names['tuned']}", _join(sections), beside=__file__)
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -117,7 +111,7 @@ def _headline(report: dict[str, Any]) -> str:
     for task, row in rows.items():
         figures = (percent(row["base"]), percent(row["tuned"]), points(row["delta"]), interval(row["interval"]))
         cells = "".join(
-            f'<td class="n" data-name="{escape(name)}"><span>{_minus(cell)}</span></td>'
+            f'<td class="n" data-name="{escape(name)}"><span>{minus(cell)}</span></td>'
             for name, cell in zip(head[1:], figures, strict=False)
         )
         bar = charts.forest_bar(row, axis, report["margin"], TONES[row["verdict"]])
@@ -199,7 +193,7 @@ def _forest(report: dict[str, Any], groups: dict[str, dict[str, Any]] | None, ti
     )
 
 
-def _forest_row(name: str, row: dict[str, Any], axis: charts.Axis, report: dict[str, Any]) -> str:
+def _forest_row(name: str, row: dict[str, Any], axis: Axis, report: dict[str, Any]) -> str:
     """Coloured where the correction for many subjects leaves something; there are none to correct for in categories."""
     alpha, p, shown = 1 - report["level"], row["mcnemar_p"], escape(name.replace("_", " "))
     chip, adjusted = "", ""
@@ -215,7 +209,7 @@ def _forest_row(name: str, row: dict[str, Any], axis: charts.Axis, report: dict[
         f'<tr data-name="{shown.lower()}" data-delta="{row["delta"]:.6f}" data-p="{p:.6g}" data-n="{row["n"]}" '
         f'title="{told}"><th class="name" scope="row">{shown}{mark}</th>'
         f'<td class="plotted">{charts.forest_bar(row, axis, report["margin"], tone)}</td>'
-        f'<td class="delta n">{_minus(points(row["delta"]))}</td><td class="ends n">{_minus(interval(row["interval"]))}'
+        f'<td class="delta n">{minus(points(row["delta"]))}</td><td class="ends n">{minus(interval(row["interval"]))}'
         f'</td><td class="items n">{count(row["n"])}</td><td class="p n">{escape(p_value(p))}</td>{adjusted}</tr>'
     )
 
@@ -284,7 +278,7 @@ def _table(grid: Grid, frame: str = "", kind: str = "") -> str:
         tds = (
             f"<td>{_tag(cell) if cell in MARKS else escape(cell)}</td>"
             if column in grid.words
-            else f'<td class="n">{_tag(cell) if cell in MARKS else _minus(cell)}</td>'
+            else f'<td class="n">{_tag(cell) if cell in MARKS else minus(cell)}</td>'
             for column, cell in zip(grid.head[1:], cells, strict=True)
         )
         body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(tds)}</tr>')
@@ -306,11 +300,6 @@ def _heads(names: Iterable[str], words: Iterable[str]) -> str:
 def _tag(verdict: str, *, capital: bool = False) -> str:
     text = verdict.capitalize() if capital else verdict
     return f'<span class="tag {TONES[verdict]}" data-mark="{MARKS[verdict]}">{text}</span>'
-
-
-def _minus(text: str) -> str:
-    """A figure with the minus sign of its typeface instead of a hyphen."""
-    return escape(text).replace("-", "−")
 
 
 def _join(sections: Iterable[str]) -> str:
