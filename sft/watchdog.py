@@ -79,7 +79,7 @@ class Watchdog:
         self._lost_after_s, self._hang_after_s = lost_after_s, hang_after_s
         self._interval_s = min(LONGEST_INTERVAL_S, lost_after_s / 6)
         self._record, self._stacks = record, stacks
-        self._progress = Progress(0, "start", 0, time.monotonic(), hang_after_s)
+        self.progress = Progress(0, "start", 0, time.monotonic(), hang_after_s)
         self._trains = threading.get_ident()
         self._beats, self._has_ended, self._beating = 0, False, threading.Lock()
         self._stood_still_s, self._woke_s = 0.0, float("-inf")
@@ -90,7 +90,7 @@ class Watchdog:
     def mark(self, phase: str, step: int, limit_s: float | None = None) -> None:
         """The main thread gets on: it begins `phase` of 1-based `step`, which may take `limit_s` (hang_after_s)."""
         limit_s = self._hang_after_s if limit_s is None else limit_s
-        self._progress = Progress(self._progress.marks + 1, phase, step, time.monotonic(), limit_s)
+        self.progress = Progress(self.progress.marks + 1, phase, step, time.monotonic(), limit_s)
 
     def __enter__(self) -> "Watchdog":
         """Collective: every rank tells where it runs.
@@ -146,7 +146,7 @@ class Watchdog:
 
     def _await_verdict(self, error: BaseException) -> None:
         """Returns only if nobody can be named."""
-        self._progress = dataclasses.replace(self._progress, limit_s=math.inf)
+        self.progress = dataclasses.replace(self.progress, limit_s=math.inf)
         self._waits.set()
         # the slowest way: the silence of a host, seen by rank 0, read by the others, written down
         if self._found.wait(self._lost_after_s + 4 * self._interval_s + LEAVE_S):
@@ -155,7 +155,7 @@ class Watchdog:
     def _announce(self, error: BaseException) -> None:
         """Publish why this rank ends. Bounded: a store that does not answer must not keep it."""
         self._stop.set()
-        reason = f"{self._me} ended in {self._progress.place}: {describe_error(error)}; {ADVICE}"
+        reason = f"{self._me} ended in {self.progress.place}: {describe_error(error)}; {ADVICE}"
         run_bounded(3 * self._interval_s + 2, self._tell, Verdict("ended", (self._rank,), reason))
 
     def _tell(self, verdict: Verdict) -> None:
@@ -195,7 +195,7 @@ class Watchdog:
             if not self._has_ended:
                 self._has_ended = ended
                 self._beats += 1
-                beat = take_beat(self._beats, self._progress, self._woke_s, self._trains, ended)
+                beat = take_beat(self._beats, self.progress, self._woke_s, self._trains, ended)
                 self._store.set(f"beat/{self._rank}", json.dumps(dataclasses.asdict(beat)))
 
     def _read_beats(self, ranks: list[int]) -> dict[int, Beat]:
@@ -301,7 +301,7 @@ class Watchdog:
 
     def _seen(self, place: str) -> str:
         """Its last sign may be an interval older than its end: our own place is the other bound."""
-        mine = self._progress.place
+        mine = self.progress.place
         return f"last seen in {place}" + (f" (rank {self._rank} is in {mine})" if mine != place else "")
 
     def _zero_lost(self, kind: Literal["gone", "silent"], how: str) -> Verdict:
