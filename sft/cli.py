@@ -128,6 +128,7 @@ def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, fl
 
     from sft.config import RunConfig
     from sft.inputs import find_resume, open_inputs
+    from sft.lr_finder import refuse_begun
     from sft.run_folder import run_folder
     from sft.settings import load
 
@@ -139,6 +140,8 @@ def check_run(options: Sequence[str], wanted: int | None) -> tuple[int, bool, fl
     inputs = open_inputs(config, ranks)
     run_folder(config)
     find_resume(config, inputs)
+    if config.lr_finder:
+        refuse_begun(Path(config.out))
     return ranks, on_cpu, config.guard.lost_after_s
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from sft import checkpoint, early_stop, probe, resume, rollback
+from sft import checkpoint, early_stop, lr_finder, probe, resume, rollback, sampling
 from sft.config import RunConfig
 from sft.early_stop import Stalled
 from sft.engine import Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
@@ -51,11 +51,13 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
     """Train, or resume, the run that `config` describes.
 
     Returns:
-        On rank 0, how far the run is. The process group is gone then: what follows is rank 0's alone, and nobody waits
-        for it in a collective.
+        On rank 0, how far the run is; None where only a learning rate was looked for. The process group is gone then:
+        what follows is rank 0's alone, and nobody waits for it in a collective.
     """
     inputs = open_inputs(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     out = run_folder(config)
+    if config.lr_finder:
+        lr_finder.refuse_begun(out)
     numerics = choose_numerics(config, choose_device(), inputs.model_config)
     meeting = meet(config.guard.arrive_after_s, lambda: inbox.received is not None)
     is_first = meeting.rank == 0
@@ -75,10 +77,15 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
             resume.on_first_rank(lambda: write_config(config, out))
             await_config(out)
             stop = StopRequest(inbox, ends_at_s(config.max_hours))
-            stalled = train(start_up(config, inputs, numerics, out, recorder, watch, stop), newest)
+            run = start_up(config, inputs, numerics, out, recorder, watch, stop)
+            if config.lr_finder:
+                lr_finder.find(run)
+            else:
+                stalled = train(run, newest)
     dist.destroy_process_group()
     last_step = inputs.last_step if stalled is None else stalled.step
-    return Ended(out, last_step, inputs.total_steps, finished, stalled) if is_first else None
+    is_told = is_first and not config.lr_finder
+    return Ended(out, last_step, inputs.total_steps, finished, stalled) if is_told else None
 
 
 def train(run: Run, newest: Path | None) -> Stalled | None:
@@ -89,8 +96,10 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
     """
     config, inputs, recorder = run.config, run.inputs, run.recorder
     base = probe.measure_base(run, newest)
+    sampling.begin(run, newest)
     step = start_from(run, newest)
     drift = probe.look(run, base, step)
+    sampling.look(run, step)
     guard = Guard(config.guard, inputs.steps_per_epoch, resume.on_first_rank(recorder.history))
     passed_over = rollback.passed_over(run.out, run.identity)
     measured, stalled = measured_before(recorder), None
@@ -115,6 +124,7 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
         elif saving or stalled is not None:
             run.watch.mark("saving", step, SLOW_LIMIT_S)
             run.saver.begin(step, metrics.get("heldout_loss"))
+        sampling.look(run, step)
     leave(run, step, drift.over_budget, stalled)
     return stalled
 
@@ -139,7 +149,8 @@ def start_up(
     Raises:
         Preempted: the run was asked to stop meanwhile.
     """
-    recorder.start()
+    if not config.lr_finder:  # neither its trackers nor its bar: the run has not begun
+        resume.on_first_rank(recorder.start)
     leave_if_asked(stop)
     watch.mark("loading the model", 0, SLOW_LIMIT_S)
     engine = build_engine(config, inputs.strategy, numerics)
@@ -153,7 +164,7 @@ def start_up(
     run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, shares, flops_per_token)
     announce(run)
     watch.mark("isolation probe", 0, SLOW_LIMIT_S)
-    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device))
+    recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device, shares))
     resume.on_first_rank(lambda: prove_export(Path(config.model.path), identities))
     return run
 
@@ -205,6 +216,7 @@ def undo(run: Run, spike: Spike) -> int | None:
     )
     run.saver.step = checkpoint.step_of(saved)
     run.recorder.forget_after(run.saver.step)
+    sampling.forget_after(run, run.saver.step)
     return run.saver.step
 
 
