@@ -2,8 +2,8 @@
 
     <run out>/checkpoints/step-00000500/
         rank-00000-of-00002.safetensors   "<parameter>|fp32", "|exp_avg", "|exp_avg_sq": 1-D slices of this rank;
-                                          "|constant": its part of frozen parameters and persistent buffers;
-                                          the header's `slices` says where each begins in the flattened parameter
+                                          "|ema" where an average is kept; "|constant": of frozen parameters and
+                                          buffers; the header's `slices`: where each begins in the flattened parameter
         meta.json                         step, shapes, identities to compare on resume; size and digest of every file
         COMPLETE                          written last: size and digest of meta.json; without it this is no checkpoint
 
@@ -29,6 +29,7 @@ from safetensors import safe_open
 
 from sft.errors import UserError
 from sft.folders import sync_folder
+from sft.moments import Held
 from sft.zero_state import STATES
 
 FORMAT_VERSION = 2
@@ -56,9 +57,9 @@ class Piece:
 
     name: str
     state: str
-    """One of STATES, or CONSTANT."""
+    """A key of sft.zero_state.state_tensors, or CONSTANT."""
     start: int
-    tensor: torch.Tensor
+    tensor: Held
     """On any device; it is brought to the host chunk by chunk."""
 
 
@@ -302,7 +303,7 @@ class Pieces:
         self._checkpoint = checkpoint
         self._unopened = sorted(names, key=lambda name: abs(names.index(name) / len(names) - position), reverse=True)
         self._where: dict[str, list[tuple[int, int, Any]]] = {}
-        self._constant: set[str] = set()
+        self._keys: set[str] = set()
 
     def read(self, name: str, state: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of the flattened tensor `name`, on the CPU, in the dtype that was saved.
@@ -333,15 +334,23 @@ class Pieces:
 
     def _open(self, file_name: str) -> None:
         file: Any = safe_open(self._checkpoint / file_name, framework="pt")
-        self._constant |= {key.rpartition("|")[0] for key in file.keys() if key.endswith(f"|{CONSTANT}")}  # noqa: SIM118
+        self._keys |= set(file.keys())
         for name, (start, numel) in json.loads(file.metadata()["slices"]).items():
             self._where.setdefault(name, []).append((start, numel, file))
 
-    def weights(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """A whole parameter (fp32 where it was trained) or buffer."""
+    def _open_all(self) -> None:
         while self._unopened:
             self._open(self._unopened.pop())
-        state = CONSTANT if name in self._constant else STATES[0]
+
+    def holds(self, state: str) -> bool:
+        """Whether anything was saved of one of STATES or of EMA."""
+        self._open_all()
+        return any(key.endswith(f"|{state}") for key in self._keys)
+
+    def weights(self, name: str, shape: Sequence[int], state: str = STATES[0]) -> torch.Tensor:
+        """A whole parameter (its weights, or `state` EMA, fp32 where it was trained) or buffer."""
+        self._open_all()
+        state = CONSTANT if f"{name}|{CONSTANT}" in self._keys else state
         return self.read(name, state, 0, math.prod(shape)).reshape(tuple(shape))
 
 

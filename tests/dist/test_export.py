@@ -12,7 +12,7 @@ from data_prep.template import alpaca_prompt
 from sft.checkpoint import newest_complete, read_meta, write_json
 from sft.errors import UserError
 from sft.export import main as export_main
-from sft.hf_folder import export_checkpoint
+from sft.hf_folder import PROVENANCE, export_checkpoint
 from tests import tiny
 from tests.dist import forked
 from tests.dist.training import train, weights
@@ -54,7 +54,8 @@ def test_exported_logits_equal_the_engines(trained, tmp_path):
 def test_the_folder_is_complete_and_nothing_else(trained, tmp_path):
     base, run = trained
     export_checkpoint(newest_complete(run / "checkpoints"), base, tmp_path / "out")
-    expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    small = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", PROVENANCE}
+    expected = small | {"model.safetensors"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == expected
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
     names = load_file(tmp_path / "out" / "model.safetensors").keys()

@@ -79,7 +79,8 @@ def test_prep_wrote_exactly_these_files(work):
 def test_training_wrote_exactly_these_files(work):
     state = ["COMPLETE", "meta.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
     checkpoints = [f"checkpoints/step-{step:08d}/{file}" for step in (4, 6) for file in state]
-    model = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    tokenizer = ["tokenizer.json", "tokenizer_config.json"]
+    model = ["config.json", "export.json", "generation_config.json", "model.safetensors", *tokenizer]
     export = [f"export/{file}" for file in model]
     files = ["config.yaml", "events.jsonl", "lock", "metrics.jsonl"]
     assert files_below(work / "run") == sorted([*checkpoints, *export, *files])

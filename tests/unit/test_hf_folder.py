@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from sft.errors import UserError
-from sft.hf_folder import _plan_files, _write_config, _write_generation_config, export_checkpoint, prove_export
+from sft.hf_folder import _plan_files, _write_generation_config, export_checkpoint, prove_export, write_config
 from sft.model_shards import same_ids
 from sft.tokenizer import load_tokenizer
 from tests.tiny import SHARED
@@ -124,7 +124,7 @@ def test_the_trained_stop_token_comes_first(tmp_path, base_model, before, after)
 def test_config_names_the_dtype_once(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"torch_dtype": "float16", "hidden_size": 4}))
-    _write_config(tmp_path / "base", tmp_path, torch.bfloat16)
+    write_config(tmp_path / "base", tmp_path, torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16", "hidden_size": 4}
 
 
