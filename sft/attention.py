@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from sft.batch import Layout
 from sft.errors import UserError
+from sft.sequence import to_heads, to_tokens
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, float, float], torch.Tensor]
 """(query, key, value, layout, scaling, dropout probability)."""
@@ -67,10 +68,16 @@ def _packed_attention(
     layout: Layout | None = None,
     **_transformers: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The signature that transformers calls; returns ([1, T, H, D], no weights)."""
+    """The signature that transformers calls; returns ([1, T, H, D], no weights).
+
+    Where ranks share the tokens, T is this rank's: the kernel gets all tokens of a part of the heads instead.
+    """
     if layout is None or attention_mask is not None:
         raise ValueError("packed attention needs the documents' layout and no mask; call the engine with a MicroBatch")
-    return kernel(query_1HTD, key_1GTD, value_1GTD, layout, scaling, dropout), None
+    if layout.group is None:
+        return kernel(query_1HTD, key_1GTD, value_1GTD, layout, scaling, dropout), None
+    query, key, value = (to_heads(x_1HtD, layout.group) for x_1HtD in (query_1HTD, key_1GTD, value_1GTD))
+    return to_tokens(kernel(query, key, value, layout, scaling, dropout), layout.group), None
 
 
 def _flash_attention_2(

@@ -17,6 +17,7 @@ Shape legend: T tokens of the micro-batch, N targets, S data sources, 1 the batc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Layout:
     """Document lengths, on the host."""
     cu_seqlens: torch.Tensor
     """int32 [documents + 1] on the device: cumulative lengths from 0, as FlashAttention takes them."""
+    group: Any = None
+    """The process group whose ranks hold equal parts of these tokens, in order; None: they are all here."""
 
     @property
     def max_seqlen(self) -> int:

@@ -22,6 +22,7 @@ from sft.eval.results import HEADLINE
 from sft.eval.stats import paired_se, score_interval
 from sft.eval.tasks.item import NUM_CHOICES, Item
 from sft.probe_items import ProbeItems, cut_forwards
+from sft.sequence import own_part
 from sft.step import Run
 
 CONFIDENCE = 0.95
@@ -126,25 +127,25 @@ def measure(run: Run, step: int) -> np.ndarray | None:
     Returns:
         None where the run was asked to stop meanwhile.
     """
-    probe, rank, world_size = run.inputs.probe, dist.get_rank(), dist.get_world_size()
+    probe, shares = run.inputs.probe, run.shares
     assert probe is not None
     tokens = run.inputs.micro_batch * run.inputs.train.manifest["seq_len"]  # what training shows to fit
     forwards = cut_forwards(probe.documents, tokens)  # before the ranks share them: the same for any number of ranks
-    forwards += [[] for _ in range(-len(forwards) % world_size)]
+    forwards += [[] for _ in range(-len(forwards) % shares.data_ranks)]
     device = run.numerics.device
     scores = torch.zeros(len(probe.items) * NUM_CHOICES, dtype=torch.float64, device=device)
     run.engine.eval()
     with torch.no_grad():
-        for documents in forwards[rank::world_size]:
+        for documents in forwards[shares.data_rank :: shares.data_ranks]:
             if run.stop.agreed():
                 return None
             run.watch.mark("drift probe", step)
             asked = [(document.ids, document.continuations) for document in documents]
-            _, losses_S = run.engine(batch.build_scored(asked, device))
+            _, losses_S = run.engine(own_part(batch.build_scored(asked, device), shares))
             cells = np.array([cell for document in documents for cell in document.cells], dtype=np.int64)
             scores[batch.to_device(cells, device)] = -losses_S[: len(cells)].double()
     run.engine.train()
-    dist.all_reduce(scores)  # every cell was written by one rank
+    dist.all_reduce(scores)  # every cell was written by one rank, or in parts by those that shared its document
     return scores.reshape(-1, NUM_CHOICES).cpu().numpy()
 
 
