@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from sft import checkpoint, early_stop, lr_finder, probe, resume, rollback, sampling
+from sft import auto_batch, checkpoint, early_stop, lr_finder, probe, resume, rollback, sampling
 from sft.config import RunConfig
 from sft.early_stop import Stalled
 from sft.engine import Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
@@ -21,6 +21,7 @@ from sft.inputs import RunInputs, batch_arithmetic, find_resume, identity, open_
 from sft.isolation import prove_isolation
 from sft.launch_env import drop_secrets
 from sft.metrics import Recorder
+from sft.out_of_memory import explained
 from sft.preemption import StopRequest
 from sft.rendezvous import Meeting, meet
 from sft.run_folder import await_config, lock, run_folder, write_config
@@ -65,7 +66,7 @@ def run_training(config: RunConfig, inbox: Inbox) -> Ended | None:
         drop_secrets()
     meeting.on_first_rank("lock", lambda: lock(out))
     recorder = Recorder(config, out, is_first, inputs.total_steps)
-    with recorder, watch_over(meeting, config, out, recorder) as watch:
+    with recorder, watch_over(meeting, config, out, recorder) as watch, explained(config, inputs, out, watch):
         watch.mark("connecting", 0)
         join(meeting)
         watch.mark("looking for a checkpoint", 0, SLOW_LIMIT_S)
@@ -162,6 +163,7 @@ def start_up(
     flops_per_token = training_flops_per_token(engine, inputs)
     shares = share_packs(config.batch.sequence_parallel)
     run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, shares, flops_per_token)
+    run = auto_batch.resolve(run, lambda: leave_if_asked(stop))
     announce(run)
     watch.mark("isolation probe", 0, SLOW_LIMIT_S)
     recorder.say(prove_isolation(engine, inputs.model_config["vocab_size"], numerics.device, shares))
@@ -254,7 +256,8 @@ def leave(run: Run, step: int, over_budget: str | None, stalled: Stalled | None)
     if stalled is not None:
         run.saver.wait_for_deletions()
         run.recorder.say(str(stalled))
-        run.recorder.event("early_stop", step, reason=str(stalled), **asdict(stalled))
+        facts = {"best_step": stalled.best_step, "best_loss": stalled.best_loss}
+        run.recorder.event("early_stop", step, reason=str(stalled), **facts)
         return
     if step < run.inputs.last_step:
         saved = f"step {step} of {run.inputs.total_steps} is saved" if step else "no step was taken"
