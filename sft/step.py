@@ -1,5 +1,6 @@
 """One optimizer step, and the held-out loss: what every rank does together, with one host sync at the end."""
 
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from sft import batch, order, schedule
 from sft.config import RunConfig
 from sft.engine import Numerics, data_parallel_size
 from sft.inputs import RunInputs
-from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.metrics import Recorder, attention_length, flops_per_token, peak_flops
 from sft.model import attention_dropout
 from sft.optim import set_rates
 from sft.preemption import StopRequest
@@ -24,6 +25,9 @@ from sft.watchdog import Watchdog
 
 SLOW_LIMIT_S = 3600.0
 """Longest that reading a model or a checkpoint, or writing one, may take without being taken for a hang."""
+
+MEASURED = ("data_stall_s", "peak_mem_gib", "peak_host_mem_gib")
+"""What each rank measures of itself; metrics.jsonl has the largest value of any."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,13 @@ class Totals:
     loss_by_source: list[float]
     tokens_by_source: list[float]
     labels_by_source: list[float]
+    measured: dict[str, float | None]
+    """Of each of MEASURED, the largest value of any rank."""
     saved: bool
     """Every rank has written its part of the checkpoint that is under way."""
 
 
-def train_step(
-    run: Run, step: int, pass_over: str | None = None, lr: float | None = None
-) -> dict[str, Any] | None:
+def train_step(run: Run, step: int, pass_over: str | None = None, lr: float | None = None) -> dict[str, Any] | None:
     """One optimizer step (0-based `step`): loss = sum of token losses / labels of the whole step, over all ranks.
 
     The denominator is read from the shards before the first backward. With `pass_over`, a reason, nothing is updated.
@@ -88,13 +92,17 @@ def train_step(
     scale = data_parallel_size(engine) / labels  # ZeRO averages over ranks; the sum is wanted
     parts = order.cut(rows, run.shares.data_rank, run.shares.data_ranks, run.inputs.micro_batch)
     losses, by_source = [], torch.zeros(len(shards.manifest["sources"]), device=run.numerics.device)
+    data_stall_s = 0.0
     engine.train()
     for part, seeds in zip(parts, noise_seeds(run, step), strict=True):
         if run.stop.agreed():
             return None
         run.watch.mark("forward and backward", step + 1)
         seed_dropout(seeds, run.shares)
-        loss, part_by_source = engine(own_part(batch.from_shards(shards, part, run.numerics.device, seeds), run.shares))
+        waits_since_s = time.perf_counter()
+        micro_batch = own_part(batch.from_shards(shards, part, run.numerics.device, seeds), run.shares)
+        data_stall_s += time.perf_counter() - waits_since_s
+        loss, part_by_source = engine(micro_batch)
         engine.backward(loss * scale, scale_wrt_gas=False)
         losses.append(loss.detach())
         by_source += part_by_source
@@ -102,7 +110,7 @@ def train_step(
     run.saver.before_update()
     run.watch.mark("update", step + 1)
     engine.step()
-    totals = reduce_step(run, parts, torch.stack(losses), by_source)
+    totals = reduce_step(run, parts, torch.stack(losses), by_source, data_stall_s)
     applied = engine.was_step_applied()
     if not applied:
         record_not_finite(run, step, parts, losses)
@@ -110,7 +118,7 @@ def train_step(
         run.saver.publish()
     norm = float(engine.get_global_grad_norm())
     facts = {"loss": totals.loss / labels, "lr": lr, "grad_norm": norm, "applied": applied}
-    return step_metrics(run, step, rows, started_s, facts) | source_metrics(run, totals)
+    return step_metrics(run, step, rows, started_s, facts) | totals.measured | source_metrics(run, totals)
 
 
 def noise_seeds(run: Run, step: int) -> list[list[int]]:
@@ -141,11 +149,19 @@ def step_passed_over(run: Run, step: int, rows: order.Rows, lr: float, reason: s
     return step_metrics(run, step, rows, None, facts)
 
 
-def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor) -> Totals:
-    """Everything that the ranks must agree on after a step: one all-reduce, one host sync."""
+def reduce_step(
+    run: Run, parts: list[order.Rows], losses: torch.Tensor, by_source_S: torch.Tensor, data_stall_s: float
+) -> Totals:
+    """Everything that the ranks must agree on after a step: one all-reduce, one host sync.
+
+    What each rank has measured has a place of its own in the sum, so that the largest can be told.
+    """
     own = np.concatenate(parts) if run.shares.rank == 0 else np.zeros(0, np.int64)  # packs that are shared count once
     counts_2S = batch.source_counts(run.inputs.train, own)
-    on_host = np.array([*counts_2S.flatten(), run.saver.is_written(), *run.stop.own_request()], dtype=np.float64)
+    measured_RM = np.zeros((dist.get_world_size(), len(MEASURED)))
+    measured_RM[dist.get_rank()] = measure_rank(run.numerics.device, data_stall_s)
+    flags = [run.saver.is_written(), *run.stop.own_request()]
+    on_host = np.array([*counts_2S.flatten(), *measured_RM.flatten(), *flags], dtype=np.float64)
     vector = torch.cat(
         [losses.sum(dtype=torch.float64)[None], by_source_S.double(), batch.to_device(on_host, losses.device)]
     )
@@ -154,7 +170,18 @@ def reduce_step(run: Run, parts: list[order.Rows], losses: torch.Tensor, by_sour
     run.stop.learn(asked, code)
     count = len(by_source_S)
     saved = written == dist.get_world_size()
-    return Totals(loss, rest[:count], rest[count : 2 * count], rest[2 * count :], saved)
+    sources, largest = rest[: 3 * count], np.reshape(rest[3 * count :], measured_RM.shape).max(axis=0)
+    measured: dict[str, float | None] = dict(zip(MEASURED, largest.tolist(), strict=True))
+    if losses.device.type != "cuda":
+        measured["peak_mem_gib"] = None
+    return Totals(loss, sources[:count], sources[count : 2 * count], sources[2 * count :], measured, saved)
+
+
+def measure_rank(device: torch.device, data_stall_s: float) -> tuple[float, ...]:
+    """Of this rank, in the order of MEASURED: the peaks since its process began, 0 GiB of a GPU where it has none."""
+    on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # Linux counts in KiB
+    return data_stall_s, on_gpu / 2**30, resident / 2**30
 
 
 def record_not_finite(run: Run, step: int, parts: list[order.Rows], losses: list[torch.Tensor]) -> None:
@@ -179,7 +206,6 @@ def step_metrics(
     step_time_s = None if started_s is None else time.perf_counter() - started_s
     tokens_per_s = tokens / step_time_s if step_time_s else None
     peak = peak_flops(run.numerics.device)
-    on_gpu = run.numerics.device.type == "cuda"
     return {
         "step": step + 1,
         "epoch": round((step + 1) / run.inputs.steps_per_epoch, 4),
@@ -187,10 +213,11 @@ def step_metrics(
         "tokens": tokens,
         "label_tokens": labels,
         "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_gpu": tokens_per_s / run.inputs.world_size if tokens_per_s else None,
         "mfu": tokens_per_s / run.inputs.world_size * run.flops_per_token / peak if peak and tokens_per_s else None,
         "step_time_s": step_time_s,
         "save_stall_s": run.saver.take_stall_s(),
-        "peak_mem_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        **dict.fromkeys(MEASURED),
     }
 
 
@@ -238,7 +265,7 @@ def document_ids(run: Run, rows: order.Rows) -> list[int]:
 def training_flops_per_token(engine: Any, inputs: RunInputs) -> float:
     """FLOPs of one token on this data: attention is charged for the real document lengths."""
     num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))]).astype(float)
+    sample = np.concatenate([inputs.train.pack(i).seq_lens for i in range(min(len(inputs.train), 1000))])
     totals = inputs.train.manifest["totals"]
-    attention_length = float((sample**2).sum() / sample.sum())
-    return flops_per_token(inputs.model_config, num_parameters, attention_length, totals["labels"] / totals["tokens"])
+    supervised = totals["labels"] / totals["tokens"]
+    return flops_per_token(inputs.model_config, num_parameters, attention_length(sample), supervised)

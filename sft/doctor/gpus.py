@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from sft.errors import shorten
-from sft.metrics import PEAK_BF16_FLOPS
+from sft.metrics import PEAK_BF16_FLOPS, gpu_model
 
 GIB = 2**30
 CONTEXT_BYTES = 3 * GIB // 4
@@ -25,6 +25,8 @@ LAUNCHED = 20
 """Products that wait for the GPU at a time, while nvidia-smi is asked what slows it down: some ten milliseconds."""
 SLOW_DOWNS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 """Reasons for lower clocks that no healthy GPU has; the power limit, and idling, are none."""
+NEAR_PEAK = {"A100", "A100 PCIE", "A800", "B100", "B200", "GB200", "GH200", "H100", "H20", "H200", "H800", "L40S"}
+"""A healthy one multiplies at most of its data sheet's rate; the power limit of smaller cards does not let them."""
 
 Answer = TypeVar("Answer")
 
@@ -102,15 +104,9 @@ def slow_downs(uuid: str) -> list[str] | None:
 
 
 def peak(name: str) -> float | None:
-    """Dense bf16 peak by the device's name; None where the table does not know it.
-
-    The table holds the SXM variants. PCIe and NVL cards of the Hopper generation have the name and not the
-    rate, nor has a part of a GPU (MIG).
-    """
-    upper = name.upper()
-    if "MIG " in upper or ("A100" not in upper and any(variant in upper for variant in ("PCIE", "NVL"))):
-        return None
-    return next((rate for model, rate in PEAK_BF16_FLOPS.items() if model in upper), None)
+    """Dense bf16 peak by the device's name; None where a healthy GPU may be far below it, or the table has none."""
+    model = gpu_model(name)
+    return PEAK_BF16_FLOPS[model] if model in NEAR_PEAK else None
 
 
 def multiply(device: torch.device, meanwhile: Callable[[], Any] = lambda: None) -> dict[str, Any]:

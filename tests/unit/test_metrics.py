@@ -4,12 +4,13 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from sft.config import DataSection, ModelSection, RunConfig, TrackSection
 from sft.errors import GuardStop, Preempted, UserError
-from sft.metrics import Recorder, flops_per_token, peak_flops
+from sft.metrics import Recorder, attention_length, flops_per_token, gpu_model, peak_flops
 
 CONFIG = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 100}
 
@@ -30,8 +31,56 @@ def test_published_figure_is_reproduced():
     assert 6667 * flops / 989e12 == pytest.approx(0.347, abs=0.001)
 
 
+def test_llama_3_8b_by_hand():
+    """All parameters but the input embedding, and attention over 8192 causal positions; PaLM's rule charges twice."""
+    llama = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256}
+    embedding, per_layer, norm = 525_336_576, 218_112_000, 4096  # a layer: 41,943,040 + 176,160,768 + 8,192
+    assert 2 * embedding + 32 * per_layer + norm == 8_030_261_248
+    in_matrices, attention = 45_029_548_032, 6_442_450_944  # 6 x 7,504,924,672; 6 x 32 x 4096 x 8192
+    assert flops_per_token(llama, 8_030_261_248, 8192) == in_matrices + attention
+    assert flops_per_token(llama, 8_030_261_248, 2 * 8192) == in_matrices + 2 * attention
+
+
+def test_attention_length_of_packed_documents():
+    """Against every pair of tokens counted one by one; the pack's length would charge for twice as many."""
+    lengths = np.array([100, 300, 600], np.int32)
+    assert attention_length(lengths) == 460  # (10,000 + 90,000 + 360,000) / 1,000
+    assert attention_length(np.array([700])) == 700
+    pairs = sum(position + 1 for length in lengths for position in range(length))
+    per_token = 3 * 4 * 32 * 2 * pairs / lengths.sum()  # thrice the forward's 2 + 2 per pair, 32 wide, 2 layers
+    rule = flops_per_token(CONFIG, 3200, attention_length(lengths))
+    assert rule == pytest.approx(per_token, rel=0.003)  # a token attends to itself, too
+    assert flops_per_token(CONFIG, 3200, float(lengths.sum())) > 2 * per_token
+
+
 def test_no_peak_is_claimed_for_a_cpu():
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIE"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA A100-PCIE-40GB", "A100 PCIE"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", None),  # half an A10
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX 4000 Ada Generation", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("AMD Instinct MI300X OAM", "MI300X"),
+    ],
+)
+def test_models_by_device_name(name, model):
+    assert gpu_model(name) == model
 
 
 def recorder(out, is_writer=True):
@@ -41,7 +90,10 @@ def recorder(out, is_writer=True):
 
 
 def line(step):
-    return {"step": step, "loss": 1.0, "lr": 1e-5, "grad_norm": 1.0, "tokens_per_s": 10.0, "mfu": None}
+    return {
+        "step": step, "epoch": 0.1, "loss": 1.0, "lr": 1e-5, "grad_norm": 1.0, "step_time_s": 0.1, "mfu": None,
+        "tokens_per_s": 10.0, "tokens_per_s_per_gpu": 10.0, "peak_mem_gib": None,
+    }  # fmt: skip
 
 
 def steps_of(path):
@@ -165,3 +217,36 @@ def test_wandb_offline_writes_beside_the_run_and_nowhere_else(tmp_path, monkeypa
         time.sleep(0.1)
     assert written[0].stat().st_size > 100
     assert b"x" * 40 not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_the_held_out_loss_is_told_beside_the_lowest_before_it(tmp_path, capsys):
+    def take(record, step, loss):
+        record.event("evaluate", step, heldout_loss=loss)
+        record.metrics({**line(step), "heldout_loss": loss})
+
+    def told():
+        return [text.partition("held-out loss ")[2] for text in capsys.readouterr().out.splitlines() if "held" in text]
+
+    with recorder(tmp_path) as record:
+        for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, float("nan")), (5, 1.0)):
+            take(record, step, loss)
+        assert told() == [
+            "3.0000", "2.0000 (the lowest so far)", "2.5000 (lowest: 2.0000 at step 2)",
+            "nan (lowest: 2.0000 at step 2)", "1.0000 (the lowest so far)",
+        ]  # fmt: skip
+        record.forget_after(4)  # the lowest was on a path that a rollback has left
+        take(record, 5, 2.2)
+    with recorder(tmp_path) as record:
+        record.forget_after(5)
+        take(record, 6, 2.1)
+    assert told() == ["2.2000 (lowest: 2.0000 at step 2)", "2.1000 (lowest: 2.0000 at step 2)"]
+
+
+def test_lines_tell_the_time_left(tmp_path):
+    with recorder(tmp_path) as record:
+        for step in (1, 2, 3):
+            record.metrics(line(step))
+    left = [json.loads(text)["eta_s"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert left[0] is None
+    assert left[1] == pytest.approx(0.1, abs=0.05)
+    assert left[2] == 0
