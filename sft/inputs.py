@@ -16,10 +16,13 @@ from sft.engine import read_strategy
 from sft.errors import UserError
 from sft.model import context_length, read_model_config
 from sft.model_shards import open_model_shards
+from sft.optim import check_optimizer
 from sft.order import steps_per_epoch
 from sft.probe_items import ProbeItems, open_probe
-from sft.retention import check_disk
+from sft.retention import bytes_per_parameter, check_disk
+from sft.sample_prompts import SamplePrompts, open_samples
 from sft.tokenizer import Tokenizer, load_tokenizer
+from sft.weight_files import num_parameters
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class RunInputs:
     train: Shards
     heldout: Shards | None
     probe: ProbeItems | None
+    samples: SamplePrompts | None
     tokenizer: Tokenizer
     strategy: dict[str, Any]
     """The DeepSpeed file."""
@@ -69,6 +73,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
     model_config = read_model_config(config.model.path)
     sequence.check_heads(config.batch.sequence_parallel, model_config)
     lr_groups.check_names(config.optim, config.model.path)
+    check_optimizer(config.optim, strategy, num_parameters(Path(config.model.path)) // world_size)
     tokenizer = load_tokenizer(config.model.path)
     train = open_model_shards("data.train", config.data.train, tokenizer, model_config, config.model.path)
     heldout = None
@@ -82,12 +87,14 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         config.checkpoint,
         total,
         heldout=heldout is not None,
+        saved_itemsize=bytes_per_parameter(config.optim, config.train.ema_decay),
         export_itemsize=4 if config.model.precision == "fp32" else 2,
     )
     return RunInputs(
         train=train,
         heldout=heldout,
         probe=open_probe(config.eval.probe, tokenizer, context_length(model_config) or train.manifest["seq_len"]),
+        samples=open_samples(config.eval.samples, tokenizer, train.manifest, context_length(model_config)),
         tokenizer=tokenizer,
         strategy=strategy,
         model_config=model_config,

@@ -14,7 +14,7 @@ PACKAGES = ("sft", "data_prep")
 
 GROUND_FLOOR = {"sft.errors", "sft.config", "sft.prep_options", "sft.settings", "sft.tokenizer"}
 """What data_prep may use of sft."""
-SHARED = {"data_prep.shards", "data_prep.template"}
+SHARED = {"data_prep.shards", "data_prep.specials", "data_prep.template"}
 """What sft may use of data_prep."""
 READS_ROWS = {("sft.augment", "data_prep.readers"), ("sft.blame", "data_prep.readers")}
 """Commands of sft that also work on rows: one writes variants of them by models, one finds those of a step again."""
@@ -40,10 +40,12 @@ ENTRIES = {
     "sft.augment",
     "sft.blame",
     "sft.export",
+    "sft.merge",
     "sft.demo.run",
     "sft.doctor.run",
     "sft.signal_ranks",
     "sft.stage",
+    "sft.plan",
     "sft.eval.evaluate",
     "sft.eval.drift",
     "data_prep.build",

@@ -1,9 +1,7 @@
 """What a model answers to a few fixed instructions: greedy decoding, for a reader's eyes beside the scores."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,10 @@ from data_prep.template import alpaca_prompt
 from sft.errors import UserError
 from sft.eval.options import AnswersSection
 from sft.eval.ranks import Ranks
+from sft.prompt_file import A_FILE, Prompt, read_prompts
 from sft.tokenizer import Tokenizer
 
 PROMPTS_PER_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One instruction, with the text that it is about where there is one."""
-
-    instruction: str
-    input: str = ""
-
-    @property
-    def shown(self) -> str:
-        """Both in one text, for the report."""
-        return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
 
 DEFAULT_PROMPTS = (
@@ -54,64 +40,11 @@ def load_prompts(section: AnswersSection) -> list[Prompt]:
     """The instructions that both models answer; [] where none are wanted.
 
     Raises:
-        UserError: the file is missing, of another kind, not UTF-8 or not valid JSON, or holds no instruction.
+        UserError: as `read_prompts`.
     """
     if section.prompts in ("default", "none"):
         return list(DEFAULT_PROMPTS) if section.prompts == "default" else []
-    path = Path(section.prompts)
-    what = f"answers.prompts {path}"
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise UserError(f"{what}: is of no known kind; give a .txt, .json or .jsonl file, or default, or none")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{what}: no such file; give a .txt, .json or .jsonl file, or default, or none") from None
-    except OSError as error:
-        raise UserError(f"{what}: cannot be read: {error.strerror or error}; give a readable file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    if path.suffix == ".txt":
-        prompts = [Prompt(line.strip()) for line in text.split("\n") if line.strip()]
-    else:
-        prompts = [_read_row(f"{what}, {place}", row) for place, row in _rows(what, text, path.suffix)]
-    if not prompts:
-        raise UserError(f"{what}: holds no instruction; add some, or give none")
-    return prompts
-
-
-def _rows(what: str, text: str, suffix: str) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each row of a JSON array, or of each line."""
-    if suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {number}", _parse(f"{what}, line {number}", line)
-        return
-    rows = _parse(what, text)
-    if not isinstance(rows, list):
-        raise UserError(f'{what}: is no array of rows; write [{{"instruction": …, "input": …}}, …]')
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
-
-
-def _parse(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {' '.join(str(error).split())}; correct it") from None
-
-
-def _read_row(where: str, row: Any) -> Prompt:
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: is no object; write {{"instruction": …, "input": …}}')
-    fields = {"instruction": row.get("instruction", ""), "input": row.get("input") or ""}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            raise UserError(f"{where}: {name} is {json.dumps(value)[:80]}, no text; correct it")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{where}: {name} holds half of a surrogate pair, which no tokenizer encodes; remove it")
-    if not fields["instruction"].strip():
-        raise UserError(f"{where}: has no instruction; add one, or remove the row")
-    return Prompt(**fields)
+    return read_prompts("answers.prompts", Path(section.prompts), f"{A_FILE}, or default, or none")
 
 
 @torch.inference_mode()

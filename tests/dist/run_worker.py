@@ -16,17 +16,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import sft.step
 import sft.training
-from sft import batch, checkpoint, order, resume, schedule, zero_state
+from sft import batch, checkpoint, lr_finder, order, resume, schedule, zero_state
 from sft.errors import run_rank
 from sft.model import PackedCausalLM
 from sft.ports import free_port
 from sft.train import main as train
+from tests.dist import invented_memory
 from tests.dist.forked import set_rank
 from tests.dist.watchdog_worker import append, send
 
@@ -178,6 +181,37 @@ def poison(argument: list[Any]) -> None:
     batch.from_shards, PackedCausalLM.forward = watched, patched
 
 
+def stop_in_samples(call: int) -> None:
+    """SIGTERM to the last rank in the given forward of those that ask for next tokens."""
+    forward, calls = PackedCausalLM.forward, iter(range(1, 1000))
+
+    def patched(self: PackedCausalLM, micro_batch: batch.MicroBatch, ask: str = "loss") -> Any:
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if ask == "next" and is_last and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, micro_batch, ask)
+
+    PackedCausalLM.forward = patched
+
+
+def leak_samples(_: Any) -> None:
+    """Prompts that lie in one forward are read as one document."""
+    build_scored = batch.build_scored
+
+    def joined(documents: Sequence[Any], device: torch.device) -> batch.MicroBatch:
+        built = build_scored(documents, device)
+        whole = batch.Layout((built.layout.num_tokens,), built.layout.cu_seqlens[[0, -1]])
+        return replace(built, layout=whole, pos_1T=torch.arange(built.layout.num_tokens, device=device)[None])
+
+    batch.build_scored = joined
+
+
+def average_over_packs(size: int) -> None:
+    """A loss that is multiplied by the number of groups of `size` ranks that share packs, not by that of ranks."""
+    original = sft.step.data_parallel_size
+    sft.step.data_parallel_size = lambda engine: original(engine) // size
+
+
 def kill_before(argument: list[Any]) -> None:
     """[function, call]: SIGKILL before the given call of a function."""
     owner, name = KILL_PLACES[argument[0]]
@@ -189,6 +223,41 @@ def kill_before(argument: list[Any]) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, patched)
+
+
+def sweep_before(_: Any) -> None:
+    """Training that begins, in the same process, with a sweep of the learning-rate finder, and what it puts back."""
+    original = sft.training.train
+
+    def train_after(run: Any, newest: Path | None) -> Any:
+        taken = lr_finder.snapshot(run.engine.optimizer)
+        lr_finder.sweep(run)
+        lr_finder.restore(run.engine.optimizer, taken)
+        return original(run, newest)
+
+    sft.training.train = train_after
+
+
+def skip_restore(_: Any) -> None:
+    """A learning-rate finder that leaves the weights as its sweep has made them."""
+    lr_finder.restore = lambda optimizer, taken: None
+
+
+def sweep_steps(steps: int) -> None:
+    """Steps of a sweep."""
+    lr_finder.STEPS = steps
+
+
+def signal_at_sweep(step: int) -> None:
+    """SIGTERM to this rank at a step of a sweep."""
+    original, calls = lr_finder.train_step, iter(range(1000))
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    lr_finder.train_step = patched
 
 
 KILL_PLACES = {
@@ -204,6 +273,14 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "raise_lr": raise_lr,
     "poison": poison,
     "kill_before": kill_before,
+    "average_over_packs": average_over_packs,
+    "stop_in_samples": stop_in_samples,
+    "leak_samples": leak_samples,
+    "sweep_before": sweep_before,
+    "skip_restore": skip_restore,
+    "sweep_steps": sweep_steps,
+    "signal_at_sweep": signal_at_sweep,
+    **invented_memory.PATCHES,
 }
 
 if __name__ == "__main__":

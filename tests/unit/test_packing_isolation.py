@@ -90,9 +90,9 @@ def test_the_probe_passes_and_names_its_control(base_model):
 def test_the_probe_refuses_a_leaking_kernel(base_model, monkeypatch):
     from sft import attention
 
-    def leaks(query, key, value, layout, scaling):
+    def leaks(query, key, value, layout, scaling, dropout):
         whole = type(layout)((sum(layout.seq_lens),), layout.cu_seqlens[[0, -1]])
-        return attention._sdpa(query, key, value, whole, scaling)
+        return attention._sdpa(query, key, value, whole, scaling, dropout)
 
     monkeypatch.setitem(attention._KERNELS, "sdpa", leaks)
     model = load(base_model, checkpointing=False)
