@@ -29,8 +29,7 @@ from safetensors import safe_open
 
 from sft.errors import UserError
 from sft.folders import sync_folder
-from sft.moments import Held
-from sft.zero_state import STATES
+from sft.zero_state import STATES, Held
 
 FORMAT_VERSION = 2
 CONSTANT = "constant"
@@ -362,7 +361,7 @@ def _file_parts(header: bytes, pieces: Sequence[Piece]) -> Iterator[bytes | memo
     yield header
     for piece in pieces:
         for part in piece.tensor.split(CHUNK_BYTES // piece.tensor.element_size()):
-            yield memoryview(part.cpu().view(torch.uint8).numpy())
+            yield part.cpu().view(torch.uint8).numpy().data
 
 
 def _digest(path: Path) -> str:

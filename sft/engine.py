@@ -20,9 +20,10 @@ from sft.attention import choose_kernel, register
 from sft.config import RunConfig
 from sft.errors import UserError
 from sft.model import PackedCausalLM, attention_dropout, load_model, regularise
-from sft.optim import build_optimizer
+from sft.optim import MOMENTS_DTYPE, build_optimizer
 from sft.pretrained import choose_dtype, load_causal_lm
 from sft.rendezvous import Meeting
+from sft.tiled_mlp import tile_mlps
 from sft.zero_state import flat_tensors, make_states
 
 OWNED_KEYS = (
@@ -172,7 +173,7 @@ def build_engine(config: RunConfig, strategy: dict[str, Any], numerics: Numerics
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"deepspeed {config.deepspeed}: DeepSpeed refuses it: {reason}") from error
-    make_states(engine.optimizer)
+    make_states(engine.optimizer, MOMENTS_DTYPE[config.optim.states])
     if config.optim.l2_sp:
         l2_sp.attach(engine.optimizer, config.optim.l2_sp)
     if config.train.ema_decay is not None:
@@ -258,6 +259,9 @@ def _load(config: RunConfig, settings: dict[str, Any], numerics: Numerics) -> Pa
         liger=numerics.liger,
     )
     regularise(model, config.model, config.train)
+    if config.model.mlp_tiles > 1:
+        for mlp in tile_mlps(model.hf, config.model.mlp_tiles):
+            deepspeed.utils.set_z3_leaf_module(mlp, True)  # gathered as a whole, once for all pieces
     if alive is not None:
         unset_hf_deepspeed_config()
         whole = [name for name, parameter in model.named_parameters() if not hasattr(parameter, "ds_id")]

@@ -22,6 +22,7 @@ from sft.errors import Preempted, UserError
 from sft.lr_finder_plot import draw
 from sft.lr_suggestion import RULE, SMOOTHING, Suggestion, smooth, suggest
 from sft.metrics import Recorder
+from sft.moments import Held
 from sft.png import save_png
 from sft.sequence import own_part
 from sft.step import Run, train_step
@@ -52,11 +53,13 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of weights and optimizer state, on the host."""
+    """This rank's part of weights and optimizer state, by flat tensor, on the host.
 
-    states: dict[str, list[torch.Tensor | None]]
-    """As zero_state.state_tensors; None: zeros, as moments are before the first step."""
-    optimizer_step: int
+    None stands for a tensor of zeros, as moments are before the first step: no memory for these.
+    """
+
+    weights: list[torch.Tensor | None]
+    states: list[dict[str, Any]]
 
 
 def refuse_begun(out: Path) -> None:
@@ -155,26 +158,40 @@ def first_batch_loss(run: Run) -> float:
 
 def snapshot(optimizer: Any) -> Snapshot:
     """Copy to the host what this rank owns: 4 bytes per parameter of it, or 8 with a moving average of the weights."""
-    states = {
-        name: [flat.to("cpu", copy=True) if bool(flat.any()) else None for flat in flats]
-        for name, flats in zero_state.state_tensors(optimizer).items()
-    }
-    return Snapshot(states, zero_state.optimizer_step(optimizer))
+    flats, states = zero_state.flat_tensors(optimizer), optimizer.optimizer.state
+    return Snapshot(
+        [_kept(flat.detach()) for flat in flats],
+        [{key: _kept(value) for key, value in states[flat].items()} for flat in flats],
+    )
 
 
 @torch.no_grad()
 def restore(optimizer: Any, taken: Snapshot) -> None:
     """Put back what `snapshot` has taken. Collective."""
+    states = optimizer.optimizer.state
     zero_state.before_loading(optimizer)
-    for name, flats in zero_state.state_tensors(optimizer).items():
-        for flat, saved in zip(flats, taken.states[name], strict=True):
-            if saved is None:
-                flat.zero_()
+    for flat, weights, kept in zip(zero_state.flat_tensors(optimizer), taken.weights, taken.states, strict=True):
+        _put_back(flat.detach(), weights)
+        for key, value in states[flat].items():
+            if isinstance(value, torch.Tensor):
+                _put_back(value, kept[key])
             else:
-                flat.copy_(saved)
-    zero_state.set_optimizer_step(optimizer, taken.optimizer_step)
+                states[flat][key] = kept[key]
     zero_state.refresh_compute_weights(optimizer)
     dist.barrier()
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to("cpu", copy=True) if bool(value.any()) else None
+
+
+def _put_back(live: torch.Tensor, kept: torch.Tensor | None) -> None:
+    if kept is None:
+        live.zero_()
+    else:
+        live.copy_(kept)
 
 
 def write(run: Run, swept: Sweep, suggestion: Suggestion, before: float, after: float) -> None:

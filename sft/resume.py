@@ -1,35 +1,54 @@
 """From a checkpoint back into a live engine, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from sft import checkpoint, zero_state
 from sft.checkpoint import CONSTANT, Pieces
 from sft.errors import UserError
+from sft.quantised import Quantised
 
 
 def load(engine: Any, saved: Path) -> None:
-    """Put weights, moments, constants and optimizer step of `saved` into `engine`; collective.
+    """Put weights, every state that the run keeps, constants and optimizer step of `saved` into `engine`; collective.
 
     Raises:
-        UserError: it is of another model, or incomplete.
+        UserError: it is of another model, incomplete, or lacks a state.
     """
     meta = on_first_rank(lambda: checkpoint.read_meta(saved))
     checkpoint.check_shapes(saved, meta["shapes"], zero_state.shapes(engine))
     optimizer = engine.optimizer
     zero_state.before_loading(optimizer)
     pieces = Pieces(saved, list(meta["files"]), dist.get_rank() / dist.get_world_size())
-    for state, flats in zero_state.state_tensors(optimizer).items():
-        for part in zero_state.owned_slices(optimizer):
-            target = flats[part.flat][part.flat_offset : part.flat_offset + part.numel]
-            target.copy_(pieces.read(part.name, state, part.start, part.numel))
+    states = zero_state.state_tensors(optimizer)
+    _check_states(saved, meta, states)
+    slices = list(zero_state.owned_slices(optimizer))
+    for state, flats in states.items():
+        for index, flat in enumerate(flats):
+            values = torch.zeros(flat.numel()) if isinstance(flat, Quantised) else flat
+            for part in slices:
+                if part.flat == index:
+                    target = values[part.flat_offset : part.flat_offset + part.numel]
+                    target.copy_(pieces.read(part.name, state, part.start, part.numel))
+            if isinstance(flat, Quantised):
+                flat.copy_(values)
     zero_state.put_constants(engine, lambda name, start, numel: pieces.read(name, CONSTANT, start, numel))
     zero_state.set_optimizer_step(optimizer, meta["optimizer_step"])
     zero_state.refresh_compute_weights(optimizer)
     dist.barrier()
+
+
+def _check_states(saved: Path, meta: dict[str, Any], kept: Collection[str]) -> None:
+    there = meta.get("states", zero_state.STATES)
+    if lacking := [state for state in kept if state not in there]:
+        raise UserError(
+            f"checkpoint {saved}: holds {', '.join(there)}, and this run also keeps {', '.join(lacking)}; choose "
+            "another --out, or restore optim.name and train.ema_decay"
+        )
 
 
 def choose(find: Callable[[], Path | None], tell: Callable[[str, Path], None]) -> Path | None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.checkpoint import is_complete, list_checkpoints, read_meta
-from sft.config import CheckpointSection
+from sft.config import CheckpointSection, OptimSection
 from sft.errors import UserError
+from sft.moments import MOMENTS
 from sft.weight_files import num_parameters
-from sft.zero_state import STATES
 
 GIB = 2**30
 
@@ -56,9 +56,13 @@ def most_checkpoints(keep: CheckpointSection, total_steps: int, *, heldout: bool
     return min(len(present) + to_save, max(len(present), kept_at_most) + 1)
 
 
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Size of one checkpoint: fp32 weights and two fp32 moments of each parameter, 12 bytes."""
-    return 4 * len(STATES) * num_parameters
+def bytes_per_parameter(optim: OptimSection, ema_decay: float | None) -> int:
+    """What a checkpoint holds of each parameter: 12 with fp32 weights and AdamW's two fp32 moments.
+
+    8-bit moments are saved as the fp32 values that they stand for, bf16 ones as they are; an average is fp32.
+    """
+    moments = len(MOMENTS[optim.name]) * (2 if optim.states == "bf16" else 4)
+    return 4 + moments + (4 if ema_decay is not None else 0)
 
 
 def best_checkpoint(folder: Path) -> Path:
@@ -83,9 +87,20 @@ def _complete(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
 
 
 def check_disk(
-    out: Path, model: Path, keep: CheckpointSection, total_steps: int, *, heldout: bool, export_itemsize: int
+    out: Path,
+    model: Path,
+    keep: CheckpointSection,
+    total_steps: int,
+    *,
+    heldout: bool,
+    saved_itemsize: int,
+    export_itemsize: int,
 ) -> dict[str, Any]:
     """Refuse a run whose checkpoints and export cannot fit; what it has written of them already counts as room.
+
+    Args:
+        saved_itemsize: bytes that a checkpoint holds of each parameter.
+        export_itemsize: bytes that the export holds of each.
 
     Returns:
         need_gib, free_gib, checkpoint_gib, checkpoints: for the start event.
@@ -94,7 +109,7 @@ def check_disk(
         UserError: names what is needed, what is free, and what to change.
     """
     elements = num_parameters(model)
-    one = checkpoint_bytes(elements)
+    one = elements * saved_itemsize
     count = most_checkpoints(keep, total_steps, heldout=heldout, present=_complete(out / "checkpoints"))
     export = elements * export_itemsize
     written = [

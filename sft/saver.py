@@ -26,6 +26,8 @@ from sft.checkpoint import Piece
 from sft.config import CheckpointSection
 from sft.errors import UserError
 from sft.host_memory import available_host_memory
+from sft.moments import Held
+from sft.quantised import Quantised
 from sft.resume import on_first_rank
 from sft.retention import superfluous
 
@@ -40,6 +42,7 @@ class _Save:
     """One checkpoint on its way to the disk."""
 
     step: int
+    states: list[str]
     optimizer_step: int
     heldout_loss: float | None
     began_s: float
@@ -75,13 +78,13 @@ class Saver:
         self._current: _Save | None = None
         self._slices = list(zero_state.owned_slices(engine.optimizer))
         self._stall_s = 0.0
-        self._numel = sum(flat.numel() for flat in flats)
-        num_bytes = 4 * self._numel * len(zero_state.STATES)
-        copy_bytes = len(zero_state.STATES) * sum(_host_bytes(flat) for flat in flats)
+        held = [tensor for state in zero_state.state_tensors(engine.optimizer).values() for tensor in state]
+        self._bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        copy_bytes = sum(_host_bytes(part) for tensor in held for part in _parts(tensor))
         self.copies = copy_bytes * local_ranks <= COPY_SHARE * available_host_memory()
         """Whether the state is copied to host memory before it is written."""
-        self._copy: dict[str, list[torch.Tensor]] = {}
-        self.expected_s = num_bytes / ASSUMED_BYTES_PER_S
+        self._copy: dict[str, list[Held]] = {}
+        self.expected_s = self._bytes / ASSUMED_BYTES_PER_S
         """How long a save will take: the last one, or a cautious guess."""
         self.step = 0
         """Of the newest checkpoint: the one begun last, or the one that the run goes on from."""
@@ -93,7 +96,7 @@ class Saver:
 
     def describe(self) -> str:
         """Where the state waits while it is written, for people. Not collective."""
-        size = f"{4 * self._numel * len(zero_state.STATES) / 2**30:,.2f} GiB of this rank"
+        size = f"{self._bytes / 2**30:,.2f} GiB of this rank"
         if self.copies:
             return f"{size}, written beside training from a copy in host memory"
         return f"{size}, written beside training; no host memory for a copy, so the next update waits for the disk"
@@ -114,7 +117,7 @@ class Saver:
         ready = torch.cuda.current_stream().record_event() if live["fp32"][0].is_cuda else None
         written = self._threads.submit(self._write, path, live, constants, released, ready)
         counted = zero_state.optimizer_step(self._engine.optimizer)
-        self._current = _Save(step, counted, heldout_loss, began_s, released, written)
+        self._current = _Save(step, list(live), counted, heldout_loss, began_s, released, written)
         self._stall_s += time.perf_counter() - began_s
 
     def before_update(self) -> None:
@@ -199,7 +202,7 @@ class Saver:
     def _write(
         self,
         path: Path,
-        live: dict[str, list[torch.Tensor]],
+        live: dict[str, list[Held]],
         constants: list[Piece],
         released: Event,
         ready: Any,
@@ -218,12 +221,9 @@ class Saver:
         finally:
             released.set()
 
-    def _copy_to_host(self, live: dict[str, list[torch.Tensor]], ready: Any) -> None:
+    def _copy_to_host(self, live: dict[str, list[Held]], ready: Any) -> None:
         if not self._copy:  # pinned memory takes long to get: once a run
-            self._copy = {
-                state: [torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda) for flat in flats]
-                for state, flats in live.items()
-            }
+            self._copy = {state: [_host_space(flat) for flat in flats] for state, flats in live.items()}
         if ready is None:
             self._copy_all(live)
             return
@@ -233,10 +233,11 @@ class Saver:
             self._copy_all(live)
         stream.synchronize()
 
-    def _copy_all(self, live: dict[str, list[torch.Tensor]]) -> None:
+    def _copy_all(self, live: dict[str, list[Held]]) -> None:
         for state, flats in live.items():
             for target, flat in zip(self._copy[state], flats, strict=True):
-                target.copy_(flat, non_blocking=True)
+                for into, part in zip(_parts(target), _parts(flat), strict=True):
+                    into.copy_(part, non_blocking=True)
 
     def _outcome(self, written: "Future[dict[str, Any]]") -> dict[str, Any]:
         error = written.exception()
@@ -257,13 +258,30 @@ class Saver:
             "world_size": self._world_size,
             "dtype": str(self._engine.get_data_types()[0]).removeprefix("torch."),
             "shapes": zero_state.shapes(self._engine),
+            "states": save.states,
             "identity": self._identity,
             "heldout_loss": save.heldout_loss,
             "files": files,
         }
 
 
+def _parts(held: Held) -> tuple[torch.Tensor, ...]:
+    """The tensors that training changes."""
+    return held.parts() if isinstance(held, Quantised) else (held,)
+
+
+def _host_space(held: Held) -> Held:
+    """Room for a copy."""
+    if isinstance(held, Quantised):
+        return Quantised(_host_tensor(held.codes), _host_tensor(held.scales), held.table.cpu())
+    return _host_tensor(held)
+
+
+def _host_tensor(flat: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
+
+
 def _host_bytes(flat: torch.Tensor) -> int:
     """Host memory of a copy: pinned memory comes in powers of two (torch's caching host allocator)."""
-    num_bytes = 4 * flat.numel()
+    num_bytes = flat.numel() * flat.element_size()
     return 1 << (num_bytes - 1).bit_length() if flat.is_cuda and num_bytes else num_bytes

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sft import moments
+from sft.moments import Held
+
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
-"""Master weights and Adam's two moments, all fp32."""
+"""Master weights and Adam's two moments: what a checkpoint holds whose meta.json has no list of states."""
 EMA = "ema"
 """The moving average of the master weights, fp32; see sft.ema."""
 PREFIX = "hf."
@@ -50,21 +53,26 @@ def flat_tensors(optimizer: Any) -> list[torch.Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def state_tensors(optimizer: Any) -> dict[str, list[torch.Tensor]]:
-    """The live flat tensors of each of STATES, and of EMA where an average is kept."""
-    flats = flat_tensors(optimizer)
-    states = optimizer.optimizer.state
-    names = [*STATES[1:], *([EMA] if EMA in states[flats[0]] else [])]
-    return {"fp32": [flat.detach() for flat in flats]} | {
-        name: [states[flat][name] for flat in flats] for name in names
-    }
+def state_tensors(optimizer: Any) -> dict[str, list[Held]]:
+    """The live flat tensors of the master weights ("fp32"), of each moment, and of EMA where an average is kept."""
+    inner, flats = optimizer.optimizer, flat_tensors(optimizer)
+    states: dict[str, list[Held]] = {STATES[0]: [flat.detach() for flat in flats]}
+    for flat in flats:
+        for name, held in moments.held(inner, flat).items():
+            states.setdefault(name, []).append(held)
+    if EMA in inner.state[flats[0]]:
+        states[EMA] = [inner.state[flat][EMA] for flat in flats]
+    return states
 
 
-def make_states(optimizer: Any) -> None:
-    """Make the optimizer's state as zeros, which it would otherwise do at its first step."""
-    states = optimizer.optimizer.state
+def make_states(optimizer: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Make the optimizer's state as zeros, which it would otherwise do at its first step.
+
+    Args:
+        dtype: of moments that are not 8-bit.
+    """
     for flat in flat_tensors(optimizer):
-        states[flat] = {state: torch.zeros_like(flat, requires_grad=False) for state in STATES[1:]}
+        moments.make(optimizer.optimizer, flat, dtype)
     set_optimizer_step(optimizer, 0)
 
 
@@ -109,18 +117,14 @@ def put_constants(engine: Any, read: Callable[[str, int, int], torch.Tensor]) ->
 
 
 def optimizer_step(optimizer: Any) -> int:
-    """Updates that Adam has counted."""
-    return int(optimizer.optimizer.state.get(flat_tensors(optimizer)[0], {}).get("step", 0))
+    """Updates that the optimizer has counted; 0 of torch's SGD, which does not."""
+    return moments.step(optimizer.optimizer, flat_tensors(optimizer)[0])
 
 
 def set_optimizer_step(optimizer: Any, step: int) -> None:
     """Make Adam's bias correction go on from `step`."""
-    counts_on_host = type(optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
     for flat in flat_tensors(optimizer):
-        # one tensor each: torch's AdamW counts in place, and a shared one would count once per flat tensor
-        optimizer.optimizer.state[flat]["step"] = (
-            step if counts_on_host else torch.tensor(float(step), dtype=torch.float32, device=flat.device)
-        )
+        moments.set_step(optimizer.optimizer, flat, step)
 
 
 def before_loading(optimizer: Any) -> None:

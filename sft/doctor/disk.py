@@ -16,7 +16,7 @@ from sft.doctor.finding import Finding, Report, one_per_host
 from sft.doctor.group import Group
 from sft.errors import UserError
 from sft.order import steps_per_epoch
-from sft.retention import check_disk, checkpoint_bytes, num_parameters
+from sft.retention import bytes_per_parameter, check_disk, num_parameters
 from sft.run_folder import DOCTOR, run_folder
 
 GIB = 2**30
@@ -181,13 +181,15 @@ def _room(config: RunConfig) -> dict[str, Any] | None:
         config.checkpoint,
         total,
         heldout=config.data.heldout is not None,
+        saved_itemsize=bytes_per_parameter(config.optim, config.train.ema_decay),
         export_itemsize=4 if config.model.precision == "fp32" else 2,
     )
 
 
 def _checkpoint_bytes(config: RunConfig) -> int | None:
     try:
-        return checkpoint_bytes(num_parameters(Path(config.model.path)))
+        each = bytes_per_parameter(config.optim, config.train.ema_decay)
+        return each * num_parameters(Path(config.model.path))
     except (UserError, OSError):
         return None
 

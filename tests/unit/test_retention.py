@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sft import checkpoint
-from sft.config import CheckpointSection
+from sft.config import CheckpointSection, OptimSection
 from sft.errors import UserError
 from sft.retention import (
     GIB,
+    bytes_per_parameter,
     check_disk,
-    checkpoint_bytes,
     kept,
     most_checkpoints,
     num_parameters,
@@ -246,7 +246,9 @@ def disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     return SimpleNamespace(
-        check=lambda keep=KEEP: check_disk(out, model, keep, 1000, heldout=False, export_itemsize=2), free=free, out=out
+        check=lambda keep=KEEP: check_disk(out, model, keep, 1000, heldout=False, saved_itemsize=12, export_itemsize=2),
+        free=free,
+        out=out,
     )
 
 
@@ -326,5 +328,6 @@ def test_a_checkpoint_is_as_large_as_predicted(tmp_path):
     """Three fp32 tensors of each parameter; the rest is headers."""
     elements = sum(saved.NUMEL.values())
     size = sum(path.stat().st_size for path in saved.save(tmp_path, 1).iterdir())
-    assert checkpoint_bytes(elements) == 12 * elements
-    assert 0 < size - checkpoint_bytes(elements) < 4000
+    each = bytes_per_parameter(OptimSection(), None)
+    assert each == 12
+    assert 0 < size - each * elements < 4000
