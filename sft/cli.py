@@ -28,9 +28,12 @@ COMMANDS = {
         "what would fail on these hosts, and for a run, before a GPU hour is spent (--ranks N)",
     ),
     "stage": ("sft.stage", "copy model and shards to this host's own disk, once, with checksums"),
+    "plan": ("sft.plan", "what follows from a run file, before it runs (--ranks N, --plot-schedule)"),
     "train": ("sft.cli", "ZeRO-3 training on this host, through the deepspeed launcher (--ranks N)"),
+    "report": ("sft.report.run", "one HTML page of a run, running or ended: curves, events, samples"),
     "blame": ("sft.blame", "the documents of an optimizer step, from their source files"),
-    "export": ("sft.export", "checkpoint to verified Hugging Face folder"),
+    "export": ("sft.export", "checkpoint, its moving average, or several's mean, to a verified Hugging Face folder"),
+    "merge": ("sft.merge", "models between base and tuned: (1 - alpha) base + alpha tuned"),
     "eval": ("sft.eval.evaluate", "MMLU and HellaSwag scores of one model (--ranks N)"),
     "drift": ("sft.eval.drift", "base against tuned: what was forgotten, with statistics and a gate (--ranks N)"),
 }

@@ -18,8 +18,11 @@ def num_parameters(model: Path) -> int:
     return sum(_num_elements(path) for path in weight_files(model))
 
 
-def weight_files(model: Path) -> list[Path]:
+def weight_files(model: Path, option: str = "model.path") -> list[Path]:
     """In transformers' order of preference; others (Mistral's consolidated.safetensors) hold the same weights again.
+
+    Args:
+        option: what named the folder, for messages.
 
     Raises:
         UserError: the index cannot be read.
@@ -31,7 +34,7 @@ def weight_files(model: Path) -> list[Path]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [model / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.path {index}: is no index of safetensors files: {error!r}; copy it again") from None
+        raise UserError(f"{option} {index}: is no index of safetensors files: {error!r}; copy it again") from None
 
 
 def _num_elements(path: Path) -> int:

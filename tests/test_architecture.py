@@ -14,7 +14,7 @@ PACKAGES = ("sft", "data_prep")
 
 GROUND_FLOOR = {"sft.errors", "sft.config", "sft.prep_options", "sft.settings", "sft.tokenizer"}
 """What data_prep may use of sft."""
-SHARED = {"data_prep.shards", "data_prep.specials", "data_prep.template"}
+SHARED = {"data_prep.chat", "data_prep.shards", "data_prep.template"}
 """What sft may use of data_prep."""
 READS_ROWS = {("sft.augment", "data_prep.readers"), ("sft.blame", "data_prep.readers")}
 """Commands of sft that also work on rows: one writes variants of them by models, one finds those of a step again."""
@@ -29,6 +29,8 @@ TORCH_FREE = (
     "sft.eval.shift",
     "sft.eval.compare",
     "sft.eval.tasks",
+    "sft.html_page",
+    "sft.report",
 )
 TORCH = {"torch", "deepspeed", "accelerate"}
 DEEPSPEED_USERS = {"sft.engine", "sft.optim"}
@@ -44,6 +46,7 @@ ENTRIES = {
     "sft.demo.run",
     "sft.doctor.run",
     "sft.signal_ranks",
+    "sft.report.run",
     "sft.stage",
     "sft.plan",
     "sft.eval.evaluate",
