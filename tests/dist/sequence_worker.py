@@ -113,8 +113,8 @@ def prove(model: PackedCausalLM, shares: Shares, mistake: str | None) -> str:
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    """L2."""
-    return float((one - other).norm() / other.norm())
+    """L2; 0 where both are 0."""
+    return float((one - other).norm() / other.norm().clamp(min=1e-30))
 
 
 def gathered(value: int) -> list[int]:
