@@ -92,7 +92,9 @@ def measure_base(run: Run, newest: Path | None) -> np.ndarray | None:
                 "weights are broken, or overflow in this precision (try --model.precision fp32)"
             )
         resume.on_first_rank(lambda: _write(path, identity, scores))
-        tell(run, 0, compare(probe, scores, scores), time.perf_counter() - started_s)
+        shifts = compare(probe, scores, scores)
+        tell(run, 0, shifts, time.perf_counter() - started_s)
+        run.recorder.track(0, metrics_of(shifts))
     return scores
 
 

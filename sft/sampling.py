@@ -64,6 +64,7 @@ def look(run: Run, step: int) -> None:
         tokens=sum(line["tokens"] for line in lines),
         seconds=round(time.perf_counter() - started_s, 3),
     )
+    run.recorder.texts(step, "samples", ["prompt", "answer"], [[line["prompt"], line["answer"]] for line in lines])
     tell(run, lines[0])
 
 

@@ -99,7 +99,7 @@ def flat_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
         if isinstance(value, dict):
             found |= flat_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            found[prefix + name] = value
+            found[prefix + name] = int(value) if isinstance(value, bool) else value
     return found
 
 
