@@ -22,7 +22,6 @@ from sft.errors import Preempted, UserError
 from sft.lr_finder_plot import draw
 from sft.lr_suggestion import RULE, SMOOTHING, Suggestion, smooth, suggest
 from sft.metrics import Recorder
-from sft.moments import Held
 from sft.png import save_png
 from sft.sequence import own_part
 from sft.step import Run, train_step

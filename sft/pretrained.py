@@ -28,6 +28,15 @@ def parameter_names(folder: str | Path) -> list[str]:
     Raises:
         UserError: transformers cannot build it.
     """
+    return [name for name, _ in empty_model(folder).named_parameters()]
+
+
+def empty_model(folder: str | Path) -> Any:
+    """transformers causal LM of the architecture in config.json, its parameters on the meta device. Nothing is loaded.
+
+    Raises:
+        UserError: transformers cannot build it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     errors: tuple[type[Exception], ...] = (*folder_errors(), RuntimeError)
@@ -35,10 +44,9 @@ def parameter_names(folder: str | Path) -> list[str]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except errors as error:
         raise UserError(f"model {folder}: cannot be built: {' '.join(str(error).split())[:300]}") from error
-    return [name for name, _ in model.named_parameters()]
 
 
 def load_causal_lm(folder: str | Path, *, dtype: torch.dtype, attention: str) -> Any:
