@@ -9,6 +9,7 @@ this rank's, D head size, S ranks that share a pack, E hidden size.
 """
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -66,13 +67,16 @@ def check_heads(size: int, model_config: dict[str, Any]) -> None:
         )
 
 
-def share_packs(size: int) -> Shares:
-    """How the ranks of the process group share packs, `size` of them each. Collective."""
+def share_packs(size: int, timeout: timedelta | None = None) -> Shares:
+    """How the ranks of the process group share packs, `size` of them each. Collective.
+
+    `timeout`: of the group's collectives, which do not inherit that of all ranks; None: torch's.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = None
     if size > 1:
         ranks = [list(range(first, first + size)) for first in range(0, world_size, size)]
-        group, _ = dist.new_subgroups_by_enumeration(ranks)
+        group, _ = dist.new_subgroups_by_enumeration(ranks, timeout)
     return Shares(rank // size, world_size // size, rank % size, size, group)
 
 

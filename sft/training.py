@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sft import auto_batch, checkpoint, early_stop, lr_finder, probe, resume, rollback, sampling
 from sft.config import RunConfig
 from sft.early_stop import Stalled
-from sft.engine import Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
+from sft.engine import GROUP_TIMEOUT, Numerics, build_engine, choose_device, choose_numerics, dtype_table, join
 from sft.errors import GateFailed, GuardStop, Preempted
 from sft.guard import Guard, Spike
 from sft.hf_folder import prove_export
@@ -161,7 +161,7 @@ def start_up(
     saver = Saver(engine, out / "checkpoints", identities, config.checkpoint, local_ranks, recorder.event)
     stop.allow_for(saver.seconds_needed)
     flops_per_token = training_flops_per_token(engine, inputs)
-    shares = share_packs(config.batch.sequence_parallel)
+    shares = share_packs(config.batch.sequence_parallel, GROUP_TIMEOUT)
     run = Run(config, inputs, identities, numerics, engine, out, recorder, watch, stop, saver, shares, flops_per_token)
     run = auto_batch.resolve(run, lambda: leave_if_asked(stop))
     announce(run)

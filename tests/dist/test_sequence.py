@@ -1,5 +1,5 @@
 """Ranks that share packs, and MLPs in tiles, change nothing: neither an update nor a figure.
-Run: pytest tests/dist/test_sequence.py (one launch of single forwards, sequence_worker; one of whole runs, run_worker)"""
+Run: pytest tests/dist/test_sequence.py (single forwards: sequence_worker; whole runs: run_worker)"""
 
 import json
 
