@@ -30,6 +30,7 @@ from data_prep.filters import (
     TEMPLATE_CHANGES_TEXT,
     TEMPLATE_REFUSES_ROW,
 )
+from data_prep.specials import encode_with_specials
 from sft.errors import UserError
 from sft.tokenizer import Tokenizer
 
@@ -151,14 +152,37 @@ class ChatTemplate:
 def load_chat_template(setting: str, tokenizer: Tokenizer) -> ChatTemplate:
     """The tokenizer's own chat template (`setting` "chat") or that of a .jinja file, compiled and tried out.
 
+    Raises:
+        UserError: there is no such template; else as `compile_chat_template`.
+    """
+    return compile_chat_template(*_read(setting, tokenizer), tokenizer)
+
+
+def question_ids(template: ChatTemplate, tokenizer: Tokenizer, instruction: str, input: str = "") -> list[int]:
+    """Ids of what a model is shown that shall answer this: a conversation of one question, up to where the answer of a
+    training row with the same question begins. Where the template has thoughts, the answer begins with one.
+
+    Raises:
+        UserError: the template refuses the question, or asks for the date.
+    """
+    try:
+        text = template.rendered(_messages([Turn("user", instruction, input)]), prompt=True)
+    except Rejected as error:
+        reason = " ".join(str(error.__cause__).split())[:200]
+        raise UserError(f"chat template {template.where}: cannot render this question: {reason}; change it") from None
+    return [*tokenizer.bos, *encode_with_specials(tokenizer, text.removeprefix(template.bos))]
+
+
+def compile_chat_template(text: str, where: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """A chat template for this tokenizer, compiled and tried out; `where` it came from, for messages.
+
     Jinja is set up as transformers does (`apply_chat_template`), except that nothing depends on the day or on chance:
     there is no strftime_now, lipsum or random.
 
     Raises:
-        UserError: there is no such template, it does not compile, it cannot render a question with its answer within
+        UserError: it does not compile, it cannot render a question with its answer within
             TRY_OUT_S, it writes no special token after the answer, or its prompt is not how its conversations go on.
     """
-    text, where = _read(setting, tokenizer)
     special = {tokenizer.token(special_id) for special_id in tokenizer.special_ids}
     if not special:
         raise UserError(f"tokenizer {tokenizer.path}: has no special tokens, so no chat template can end a turn")

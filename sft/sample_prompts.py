@@ -1,12 +1,13 @@
 """What is sampled during training: prompts of a file as the training data would show them, before any process group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.specials import encode_with_specials
+from data_prep.chat import compile_chat_template, question_ids
 from data_prep.template import alpaca_prompt
 from sft.config import SamplesSection
 from sft.errors import UserError
@@ -52,13 +53,7 @@ def open_samples(
         raise UserError(
             f"{what}: holds {len(prompts)} prompts, each computed anew for every token; keep {MAX_PROMPTS} at most"
         )
-    template = manifest["template"]
-    ids = [
-        encode_alpaca(tokenizer, prompt)
-        if not isinstance(template, str)
-        else encode_chat(tokenizer, prompt, template, f"{what}, prompt {number}")
-        for number, prompt in enumerate(prompts, 1)
-    ]
+    ids = encode_prompts(prompts, tokenizer, manifest["template"], what)
     for number, one in enumerate(ids, 1):
         if context is not None and len(one) + settings.max_new_tokens > context:
             raise UserError(
@@ -72,26 +67,21 @@ def open_samples(
     )
 
 
-def encode_alpaca(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Ids of a prompt in the Alpaca template."""
-    return [*tokenizer.bos, *tokenizer.encode(alpaca_prompt(prompt.instruction, prompt.input))]
-
-
-def encode_chat(tokenizer: Tokenizer, prompt: Prompt, template: str, where: str) -> list[int]:
-    """Ids of a prompt as the only question of a conversation, up to where the assistant's turn begins.
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, template: str | list[str], what: str
+) -> list[list[int]]:
+    """Ids of each prompt in the template of a manifest: the text of a chat template, or the list of Alpaca's.
 
     Raises:
-        UserError: the template does not render it; told of as `where`.
+        UserError: the chat template does not render a prompt; told of after `what`, and by its number.
     """
-    from jinja2 import TemplateError
-
-    asked = f"{prompt.instruction}\n{prompt.input}" if prompt.input else prompt.instruction  # as data_prep.chat
-    try:
-        text = tokenizer.hf.apply_chat_template(
-            [{"role": "user", "content": asked}], chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}: the data's chat template does not render it: {reason}; change the prompt") from None
-    bos = "".join(map(tokenizer.token, tokenizer.bos))
-    return [*tokenizer.bos, *encode_with_specials(tokenizer, text.removeprefix(bos))]
+    if not isinstance(template, str):
+        return [[*tokenizer.bos, *tokenizer.encode(alpaca_prompt(one.instruction, one.input))] for one in prompts]
+    chat = compile_chat_template(template, "of the training data", tokenizer)
+    ids = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids.append(question_ids(chat, tokenizer, prompt.instruction, prompt.input))
+        except UserError as error:
+            raise UserError(f"{what}, prompt {number}: {error}") from None
+    return ids
