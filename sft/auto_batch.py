@@ -12,7 +12,8 @@ peak of a trial with m packs and r bytes at rest:
     r + (f(m) - r) n / m                         f(n) is no more, if f is the largest of several phases, each of which
                                                  takes something fixed and something for each pack
 
-The first must lie within the limit, and the second, or the first with a slope twice as steep, within the device.
+The first must lie within the limit, and the second within the device; where what is fixed makes the second too large
+for even one pack more, the first with a slope twice as steep must, for that one pack.
 """
 
 import json
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from sft import batch, order, peak_memory
 from sft.engine import data_parallel_size
 from sft.errors import UserError
-from sft.optim import set_rates
+from sft.optim import MOMENTS_DTYPE, set_rates
 from sft.resume import on_first_rank
 from sft.sequence import own_part
 from sft.step import SLOW_LIMIT_S, Run, noise_seeds, seed_dropout
@@ -100,17 +101,15 @@ def choose_next(trials: Sequence[Trial], sizes: Sequence[int]) -> int | None:
         return max(sure)
     if not (last.expected(larger[0], before) <= last.limit).all():
         return None
-    return max((n for n in range(last.packs + 1, larger[0] + 1) if _is_safe(n, before, last)), default=None)
+    one_more = last.packs + 1
+    if safe := [n for n in range(one_more, larger[0] + 1) if (last.at_most(n) <= last.capacity).all()]:
+        return max(safe)
+    return one_more if (last.expected(one_more, before, steeper=2) <= last.capacity).all() else None
 
 
 def choose(trials: Sequence[Trial], sizes: Sequence[int]) -> int:
     """The largest of `sizes` that was tried and fits; 1 where none does."""
     return max((trial.packs for trial in trials if trial.packs in sizes and trial.fits()), default=1)
-
-
-def _is_safe(packs: int, before: Trial, last: Trial) -> bool:
-    bound = np.minimum(last.at_most(packs), last.expected(packs, before, steeper=2))
-    return bool((bound <= last.capacity).all())
 
 
 def divisors(number: int) -> list[int]:
@@ -169,7 +168,7 @@ def search(run: Run, sizes: Sequence[int], leave_if_asked: Callable[[], None]) -
         leave_if_asked()
         run.watch.mark(f"trying micro_batch {packs}", 0, SLOW_LIMIT_S)
         trials.append(try_packs(run, packs))
-    forget_updates(optimizer)
+    forget_updates(optimizer, MOMENTS_DTYPE[run.config.optim.states])
     peak_memory.begin(run.numerics.device)  # the run's own peak is the metrics'
     if fingerprint(optimizer) != weights:
         raise UserError(
@@ -216,11 +215,11 @@ def gather(packs: int, own: Sequence[int]) -> Trial:
     return Trial(packs, *np.array(found, dtype=np.float64).T)
 
 
-def forget_updates(optimizer: Any) -> None:
-    """Moments and their step as before the first update; an average of the weights stays: it is still the weights."""
+def forget_updates(optimizer: Any, dtype: torch.dtype) -> None:
+    """Moments, of `dtype`, and their step as before the first update; an average of the weights is still them."""
     states = optimizer.optimizer.state
     averages = {flat: states[flat][EMA] for flat in flat_tensors(optimizer) if EMA in states[flat]}
-    make_states(optimizer)
+    make_states(optimizer, dtype)
     for flat, average in averages.items():
         states[flat][EMA] = average
 

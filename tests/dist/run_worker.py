@@ -143,6 +143,16 @@ def lose_moments(_: Any) -> None:
     checkpoint.Pieces.read = read
 
 
+def lose_average(_: Any) -> None:
+    """A resume whose average begins anew, with the present weights."""
+    original = checkpoint.Pieces.read
+
+    def read(self: checkpoint.Pieces, name: str, state: str, start: int, numel: int) -> torch.Tensor:
+        return original(self, name, "fp32" if state == "ema" else state, start, numel)
+
+    checkpoint.Pieces.read = read
+
+
 def shift_moments(_: Any) -> None:
     """A resume that puts every moment one element too far."""
     original = checkpoint.Pieces.read
@@ -270,6 +280,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "forget_adam_step": forget_adam_step,
     "lose_moments": lose_moments,
     "shift_moments": shift_moments,
+    "lose_average": lose_average,
     "raise_lr": raise_lr,
     "poison": poison,
     "kill_before": kill_before,
