@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.template import alpaca_prompt
-from sft.checkpoint import newest_complete, read_meta, write_json
+from sft.checkpoint import newest_complete, read_meta, step_folder, write_json
 from sft.errors import UserError
 from sft.export import main as export_main
 from sft.hf_folder import PROVENANCE, export_checkpoint
@@ -159,3 +159,27 @@ def test_generate_stops_at_eos(tmp_path, strategy):
     assert torch.equal(
         weights(out)["lm_head.weight"], load_file(tmp_path / "first" / "model.safetensors")["lm_head.weight"]
     )
+
+
+def test_the_moving_average_and_the_mean_of_a_real_run(prepared, base_model, strategy, tmp_path):
+    """Two ranks under ZeRO-3; both recomputed from the weights after every step."""
+    run, decay, steps = tmp_path / "run", 0.3, 4
+    options = {"train__ema_decay": decay, "checkpoint__every": 1, "checkpoint__keep_last": steps}
+    train(run, base_model, prepared, strategy, 2, train__max_steps=steps, **options)
+    after = []
+    for step in range(1, steps + 1):
+        export_checkpoint(step_folder(run / "checkpoints", step), base_model, tmp_path / f"{step}")
+        after.append(load_file(tmp_path / f"{step}" / "model.safetensors"))
+    export_main([str(run), "--ema", "--out", str(tmp_path / "ema")])
+    export_main([str(run), "--average", "3"])
+    average, mean = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ema", run / "export-average-3"))
+    expected = {name: tensor.double() for name, tensor in load_file(base_model / "model.safetensors").items()}
+    for step, weights_now in enumerate(after, start=1):
+        keep = min(decay, (1 + step) / (10 + step))
+        expected = {name: keep * expected[name] + (1 - keep) * weights_now[name].double() for name in expected}
+    for name in expected:
+        torch.testing.assert_close(average[name].double(), expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean[name], sum(one[name] for one in after[1:]) / 3, rtol=1e-6, atol=1e-7)
+    for found in (average, mean):
+        distance = max(float((found[name] - after[-1][name]).abs().max()) for name in found)
+        assert distance > 1e-4, "control: neither is the last checkpoint's weights"
