@@ -68,6 +68,10 @@ def runs(tmp_path_factory, model, prepared, strategy):
         **plain, "eval.samples.prompts": prompts, "eval.samples.every": 2, "eval.samples.max_new_tokens": LONGEST,
     }  # fmt: skip
     first_only = {**sampled, "train.stop_after": 1}
+    rollback = {
+        **sampled, "train.max_steps": 20, "train.stop_after": 12, "checkpoint.every": 4, "eval.samples.every": 5,
+        "eval.samples.max_new_tokens": 2, "guard.spike_window": 8, "guard.on_spike": "rollback",
+    }  # fmt: skip
     stage2 = tiny.make_strategy(folder / "zero2.json", stage=2)
 
     def run(name, options, ranks=2, patches=None, **more):
@@ -80,6 +84,7 @@ def runs(tmp_path_factory, model, prepared, strategy):
         run("leaking", first_only, patches={"leak_samples": None}),
         run("stage2", {**first_only, "deepspeed": stage2}),
         run("shared", {**first_only, "batch.sequence_parallel": 2}),
+        run("undone", rollback, ranks=1, patches={"raise_lr": [10]}),
         run("no_file", {**sampled, "eval.samples.prompts": folder / "none.txt"}, ranks=1),
     ]
     second = [
@@ -147,7 +152,9 @@ def test_a_stop_request_ends_it_and_the_next_start_asks_what_is_missing(runs):
     runs.ended_with("stopped", EXIT_PREEMPTED)
     assert "rank 1 received SIGTERM; step 2 of 3 is saved" in runs.said("stopped")
     runs.ended_with("stopped_again", 0)
-    assert steps_asked(runs, "stopped") == [0, 2]
+    found = tiny.read_jsonl(runs.folder / "stopped" / "events.jsonl")
+    course = [event["event"] for event in found if event["event"] in ("samples", "preempt", "resume")]
+    assert course == ["samples", "preempt", "resume", "samples"], "none at step 2 before the signal"
     assert lines(runs, "stopped", 0) == lines(runs, "whole", 0)
     assert lines(runs, "stopped", 2) == lines(runs, "whole", 2)
 
@@ -156,6 +163,13 @@ def test_a_resume_drops_later_answers_and_asks_no_earlier_ones_again(runs):
     runs.ended_with("earlier", 0)
     assert steps_asked(runs, "earlier") == [0, 2, 3], "what had been asked before the copy"
     assert [len(lines(runs, "earlier", step)) for step in (0, 2, 3)] == [5, 5, 0]
+
+
+def test_answers_of_steps_that_are_undone_are_given_anew(runs):
+    runs.ended_with("undone", 0)
+    assert [event["step"] for event in runs.events("undone", "rollback")] == [11]
+    assert steps_asked(runs, "undone") == [0, 5, 10, 10]
+    assert [len(lines(runs, "undone", step)) for step in (0, 5, 10)] == [5, 5, 5]
 
 
 def test_a_file_that_is_not_there_is_told_before_the_model_is_loaded(runs):
