@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sft.lr_suggestion import Suggestion
+from sft.lr_suggestion import LAG, Suggestion
 from sft.png import BLUE, GREY, ORANGE, new_figure
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def draw(
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xscale("log")
     axes.plot(lrs, losses, color=GREY, linewidth=0.8, alpha=0.6, label="loss of a step")
-    axes.plot(lrs, smoothed, color=BLUE, linewidth=1.8, label="smoothed")
+    axes.plot(lrs, smoothed, color=BLUE, linewidth=1.8, label=f"smoothed, {LAG} steps behind")
     if suggestion.lr is not None:
         axes.axvline(suggestion.lr, color=ORANGE, linewidth=1.6, label=f"suggested: {suggestion.lr:.1e}")
     axes.axvline(present_lr, color="black", linewidth=1.0, linestyle="--", label=f"optim.lr: {present_lr:.1e}")

@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     for line in describe(config, inputs, groups, marks):
         print(line)
     if plot is not None:
-        path = plot or Path(f"{os.path.normpath(config.out)}-schedule.png")
+        path = Path(plot or f"{os.path.normpath(config.out)}-schedule.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         factors = sorted({group["lr_factors"] for group in groups}, key=lambda found: (-share_of(found), found))
         curves = [curve(config.schedule, inputs.total_steps, config.optim.lr, found) for found in factors]
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"drawn: {path}")
 
 
-def take_plot(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+def take_plot(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     """Where the picture goes (None: none is wanted; empty: the default), and the flags without --plot-schedule [FILE].
 
     Raises:
@@ -67,13 +67,13 @@ def take_plot(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
         target, rest = rest[0], rest[1:]
     flags = [*argv[:at], *rest]
     if not target:
-        return Path(), flags
+        return target, flags
     path = Path(target)
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"{FLAG} {target}: must be the name of a .png file, as in runs/schedule.png")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{FLAG} {target}: cannot be written; name a file in a folder that is there and writable")
-    return path, flags
+    return target, flags
 
 
 def groups_of(config: RunConfig) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def describe(
     lines += _describe_schedule(config, inputs.total_steps)
     lines += _describe_groups(groups, num_parameters, inputs.total_steps)
     lines += _describe_checkpoints(config, inputs, num_parameters)
-    lines += [f"{row.name:<15} {row.count:,} times, {_when(row.every)}" for row in marks[1:]]
+    lines += [f"{row.name:<15} {row.count:,}: {_when(row.every)}" for row in marks[1:]]
     return lines
 
 
@@ -118,10 +118,10 @@ def _describe_schedule(config: RunConfig, total_steps: int) -> list[str]:
         return f"{lr_at(step, total_steps, config.optim.lr, config.schedule):.2e} at step {step:,}"
 
     schedule = config.schedule
-    peak = max(warmup_steps(schedule, total_steps), 1)
-    points = dict.fromkeys([1, min(peak, total_steps), total_steps])
+    warmup_end = warmup_steps(schedule, total_steps)
+    points = dict.fromkeys([1, min(max(warmup_end, 1), total_steps), total_steps])
     cycles = f", {schedule.cycles} cycles" if schedule.cycles > 1 else ""
-    warmup = f"warm-up {warmup_steps(schedule, total_steps):,} steps"
+    warmup = f"warm-up to step {warmup_end:,}" if warmup_end else "no warm-up"
     return [f"learning rate   {schedule.name}{cycles}, {warmup}: {', '.join(map(lr, points))}"]
 
 
@@ -142,13 +142,14 @@ def _describe_checkpoints(config: RunConfig, inputs: RunInputs, num_parameters: 
     gib = num_parameters * bytes_per_parameter(config.optim, config.train.ema_decay) / GIB
     saves = Marks("", (keep.every,), total).count
     return [
-        f"checkpoints     {saves:,} times, {_when((keep.every,))}; {gib:,.2f} GiB each, at most {at_most:,} on disk "
+        f"checkpoints     {saves:,}: {_when((keep.every,))}; {gib:,.2f} GiB each, at most {at_most:,} on disk "
         f"at once = {at_most * gib:,.2f} GiB"
     ]
 
 
 def _when(every: Sequence[int]) -> str:
-    return " and ".join(f"every {steps:,} steps" for steps in sorted(set(every))) + " and at the last"
+    own = [steps for steps in sorted(set(every)) if not any(steps % other == 0 for other in every if other < steps)]
+    return " and ".join(f"every {steps:,} steps" if steps > 1 else "every step" for steps in own) + " and at the last"
 
 
 def _numel(group: dict[str, Any]) -> int:

@@ -104,6 +104,7 @@ def draw(schedule: ScheduleSection, peak_lr: float, curves: Sequence[Curve], mar
             color=GREY,
         )
     axes.set_ylim(0, 1.06 * max(peak_lr, *(max(one.rates) for one in curves)))
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
     axes.set_ylabel("learning rate")
     axes.set_title(f"{schedule.name}, {total_steps:,} steps, optim.lr {peak_lr:g}", fontsize=10, loc="left")
     _draw_marks(rows, marks)
