@@ -60,8 +60,12 @@ class Facts:
     tokens_per_s_per_gpu: float | None
     mfu: float | None
     peak_mem_gib: float | None
-    """Highest of rank 0."""
-    stall_s: float
+    """Highest of rank 0's GPU."""
+    peak_host_mem_gib: float | None
+    """Highest of rank 0's process."""
+    save_stall_s: float
+    data_stall_s: float
+    """Seconds that training stood still, waiting for a save, or for packs."""
     eta_s: float | None
     """Time left, as of the last step; None once the run is over."""
     counts: dict[str, int]
@@ -82,7 +86,7 @@ def gather(run: RunFiles, now_s: float) -> Facts:
     if per_gpu is None and tokens_per_s is not None and ranks:
         per_gpu = tokens_per_s / ranks
     best = int(np.argmin(heldout[1])) if len(heldout[1]) else None
-    memory, eta = metrics.known("peak_mem_gib")[1], metrics.columns["eta_s"][-1:]
+    eta = metrics.columns["eta_s"][-1:]
     return Facts(
         state=state,
         step=step,
@@ -97,8 +101,10 @@ def gather(run: RunFiles, now_s: float) -> Facts:
         tokens_per_s=tokens_per_s,
         tokens_per_s_per_gpu=per_gpu,
         mfu=_median(metrics.known("mfu")[1]),
-        peak_mem_gib=float(memory.max()) if len(memory) else None,
-        stall_s=float(np.nansum(metrics.columns["save_stall_s"])),
+        peak_mem_gib=_highest(metrics.known("peak_mem_gib")[1]),
+        peak_host_mem_gib=_highest(metrics.known("peak_host_mem_gib")[1]),
+        save_stall_s=float(np.nansum(metrics.columns["save_stall_s"])),
+        data_stall_s=float(np.nansum(metrics.columns["data_stall_s"])),
         eta_s=float(eta[0]) if len(eta) and np.isfinite(eta[0]) and not state.is_over else None,
         counts=count_events(run),
     )
@@ -172,3 +178,7 @@ def clock(time_s: float) -> str:
 
 def _median(values: np.ndarray) -> float | None:
     return float(np.median(values)) if len(values) else None
+
+
+def _highest(values: np.ndarray) -> float | None:
+    return float(values.max()) if len(values) else None

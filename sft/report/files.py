@@ -27,11 +27,15 @@ COLUMNS = (
     "mfu",
     "step_time_s",
     "save_stall_s",
+    "data_stall_s",
     "peak_mem_gib",
+    "peak_host_mem_gib",
     "heldout_loss",
     "eta_s",
 )
 """Fields of metrics.jsonl that the page uses; docs/training.md says what they mean."""
+LARGEST = 3.5e38
+"""Beyond all that fp32 can hold."""
 
 
 @dataclass(frozen=True)
@@ -229,4 +233,5 @@ def _step(line: dict[str, Any]) -> int | None:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """NaN for anything that no run can have measured: differences of larger numbers would overflow."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else math.nan

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sft.config import Section
@@ -51,7 +52,8 @@ def write(out: Path, page: str) -> None:
         partial.write_text(page, encoding="utf-8", errors="replace")
         os.replace(partial, out)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another file") from None
 
 
