@@ -17,7 +17,12 @@ PLENTY = [[10, 1, 80]] * 2
 """GiB taken, per pack, and of the device, for each rank: more than a step can fill."""
 TIGHT = [[10, 1, 80], [1, 2, 6 / 0.92]]
 """Rank 1 has room for two packs."""
-RECIPE = {"train.ema_decay": 0.9, "optim.l2_sp": 0.1, "train.neftune_alpha": 5, "train.label_smoothing": 0.1}
+RECIPE = {  # what trials could leave a trace in, and what makes forwards larger
+    "train.ema_decay": 0.9,
+    "optim.l2_sp": 0.1,
+    "train.neftune_alpha": 5,
+    "train.label_smoothing": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
     zero2 = tiny.make_strategy(folder / "zero2.json", stage=2)
     options = {
         **SETTINGS, "model.path": base_model, "data.train": prepared / "train", "data.heldout": prepared / "heldout",
-        "deepspeed": strategy, "checkpoint.every": 2, "train.stop_after": 2, "batch.micro_batch": "auto",
+        "deepspeed": strategy, "checkpoint.every": 2, "train.stop_after": 2, "batch.micro_batch": "auto", **RECIPE,
     }  # fmt: skip
 
     def run(name, changes=None, memory=TIGHT, **more):
@@ -36,17 +41,13 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
     first = [
         run("auto"),
         run("given", {"batch.micro_batch": 2}, patches={}),
-        run("plenty", memory=PLENTY),
+        run("plenty", {"deepspeed": zero2}, PLENTY),
         run("none", memory=[[1, 9, 80], [1, 9, 8]]),
         run("full", {"batch.micro_batch": 2}, patches={"run_out": [1, 2]}),
-        run("full_heldout", {"batch.micro_batch": 4, "eval.every": 1}, patches={"run_out": [0, 2]}),
     ]
     second = [
         run("again", {"train.stop_after": 3}, PLENTY, copy_of="auto"),
         run("elsewhere", {"train.stop_after": 3, "model.activation_checkpointing": "none"}, PLENTY, copy_of="auto"),
-        run("recipe", RECIPE),
-        run("recipe_given", {**RECIPE, "batch.micro_batch": 2}),
-        run("zero2", {"deepspeed": zero2}),
         run("keeps_moments", patches={"keep_moments": None}),
         run("trains", patches={"train_in_trials": 0.01}),
     ]
@@ -81,13 +82,13 @@ def test_the_packs_of_a_forward_are_that_many(runs):
     assert sizes == {2}
 
 
-@pytest.mark.parametrize("name", ["auto", "recipe", "zero2"])
+@pytest.mark.parametrize("name", ["auto", "plenty"])
 def test_trials_leave_no_trace(runs, name):
     runs.ended_with(name, 0)
     for before, after in states(runs, name):
         assert same(before, after)
         assert int(after["step"]) == 0
-        assert any(key.startswith("ema") for key in after) == (name == "recipe")
+        assert {key.split()[0] for key in after} > {"fp32", "exp_avg", "exp_avg_sq", "ema"}
 
 
 def test_a_trace_would_show(runs):
@@ -103,13 +104,11 @@ def test_trials_that_change_weights_end_the_run(runs):
     assert "error: batch.micro_batch auto: updates with learning rate 0 have changed weights" in runs.said("trains")
 
 
-@pytest.mark.parametrize(("auto", "given"), [("auto", "given"), ("recipe", "recipe_given")])
-def test_the_run_is_the_one_with_that_micro_batch(runs, auto, given):
-    runs.ended_with(given, 0)
+def test_the_run_is_the_one_with_that_micro_batch(runs):
+    runs.ended_with("given", 0)
     for column in ("loss", "grad_norm"):
-        assert runs.column(auto, column) == pytest.approx(runs.column(given, column), rel=1e-6)
-    mine, other = runs.saved(auto, 2), runs.saved(given, 2)
-    assert same(mine, other)
+        assert runs.column("auto", column) == pytest.approx(runs.column("given", column), rel=1e-6)
+    assert same(runs.saved("auto", 2), runs.saved("given", 2))
 
 
 def test_a_resume_on_the_same_hardware_does_not_try_again(runs):
@@ -137,21 +136,14 @@ def test_one_pack_that_does_not_fit(runs):
     assert not (runs.folder / "none" / "micro_batch.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "rank", "place", "change"),
-    [
-        ("full", 1, "step 1, forward and backward", "batch.micro_batch 1 instead of 2"),
-        ("full_heldout", 0, "step 1, held-out loss", "batch.micro_batch 2 instead of 4"),
-    ],
-)
-def test_a_rank_without_memory_says_what_to_change(runs, name, rank, place, change):
+def test_a_rank_without_memory_says_what_to_change(runs):
     """The other rank waits for it in a collective; the watchdog ends it."""
-    ends = {line["rank"]: line["code"] for line in tiny.read_jsonl(runs.folder / "ends.jsonl") if line["run"] == name}
-    assert ends == {rank: EXIT_BAD_INPUT, 1 - rank: EXIT_RANK_LOST}
-    said = (runs.folder / f"{name}.{rank}.err").read_text()
+    ends = {line["rank"]: line["code"] for line in tiny.read_jsonl(runs.folder / "ends.jsonl") if line["run"] == "full"}
+    assert ends == {0: EXIT_RANK_LOST, 1: EXIT_BAD_INPUT}
+    other, said = ((runs.folder / f"full.{rank}.err").read_text() for rank in range(2))
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if "out of memory" in line]
-    assert f"rank {rank} on " in line
+    place = "step 1, forward and backward"
     assert f"out of memory at {place} (asked for 2.00 GiB more of 79.11 GiB); in order of cost: PYTORCH_CUDA" in line
-    assert change in line
-    assert f"ended in {place}: error: rank {rank} on" in (runs.folder / f"{name}.{1 - rank}.err").read_text()
+    assert "batch.micro_batch 1 instead of 2 (the same update)" in line
+    assert f"ended in {place}: error: rank 1 on" in other
