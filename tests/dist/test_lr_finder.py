@@ -14,7 +14,7 @@ from tests.dist.training import SETTINGS
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 STEPS = 2
-SWEEP = 40
+SWEEP = 36
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
     first = [
         run("plain"),
         run("found", find, sweep_steps=SWEEP),
-        run("not_restored", find, sweep_steps=SWEEP, skip_restore=True),
+        run("not_restored", find, sweep_steps=8, skip_restore=True),
     ]
     second = [
-        run("trained_after_a_sweep", sweep_before=True, sweep_steps=8),
-        run("trained_on_its_weights", sweep_before=True, sweep_steps=8, skip_restore=True),
+        run("trained_after_a_sweep", sweep_before=True, sweep_steps=5),
+        run("trained_on_its_weights", sweep_before=True, sweep_steps=5, skip_restore=True),
         run("not_finite", find, sweep_steps=SWEEP, poison=["gradient", [0]]),
         run("asked", find, sweep_steps=SWEEP, signal_at_sweep=2),
     ]
@@ -123,7 +123,7 @@ def test_a_step_that_is_not_finite_ends_the_sweep_and_is_not_the_runs(runs):
     assert "the gradient is not finite at" in found["ended"]
     assert found["suggestion"]["lr"] is None
     assert "are needed to see a slope" in found["suggestion"]["reason"]
-    assert runs.events("not_finite", "skip") == []
+    assert not (runs.folder / "not_finite" / "events.jsonl").exists(), "the step it skipped is none of the run's"
 
 
 def test_a_sweep_that_is_asked_to_stop_leaves_without_a_result(runs):
