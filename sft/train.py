@@ -36,12 +36,12 @@ def main(argv: Sequence[str]) -> None:
         return
     checkpoints = ended.out / "checkpoints"
     saved = step_folder(checkpoints, ended.step) if ended.stalled is None else best_checkpoint(checkpoints)
-    export(saved, "fp32", Path(config.model.path), ended.out / "export")
+    export(saved, Path(config.model.path), ended.out / "export")
     if config.train.ema_decay is not None:
-        export(saved, "ema", Path(config.model.path), ended.out / "export-ema")
+        export(saved, Path(config.model.path), ended.out / "export-ema", ema=True)
 
 
-def export(saved: Path, state: str, base: Path, folder: Path) -> None:
+def export(saved: Path, base: Path, folder: Path, *, ema: bool = False) -> None:
     """Export the weights of a finished run, or their moving average, once, and say where they are."""
     from sft.checkpoint import step_of
     from sft.hf_folder import export_checkpoint, verify_export
@@ -50,9 +50,9 @@ def export(saved: Path, state: str, base: Path, folder: Path) -> None:
     out, step = folder.parent, step_of(saved)
     try:
         if folder.exists():
-            verify_export(saved, folder)
+            verify_export(saved, folder, ema=ema)
         else:
-            export_checkpoint(saved, base, folder)
+            export_checkpoint(saved, base, folder, ema=ema)
     except (UserError, Preempted, OSError) as error:
         record_event(out, "preempt" if isinstance(error, Preempted) else "error", step, reason=str(error))
         raise

@@ -173,6 +173,8 @@ def test_the_moving_average_and_the_mean_of_a_real_run(prepared, base_model, str
     export_main([str(run), "--ema", "--out", str(tmp_path / "ema")])
     export_main([str(run), "--average", "3"])
     average, mean = (load_file(folder / "model.safetensors") for folder in (tmp_path / "ema", run / "export-average-3"))
+    at_the_end = load_file(run / "export-ema" / "model.safetensors")
+    assert all(torch.equal(at_the_end[name], average[name]) for name in average), "what the run itself exports"
     expected = {name: tensor.double() for name, tensor in load_file(base_model / "model.safetensors").items()}
     for step, weights_now in enumerate(after, start=1):
         keep = min(decay, (1 + step) / (10 + step))
