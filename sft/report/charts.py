@@ -92,7 +92,7 @@ def draw(chart: Chart, span: StepAxis) -> tuple[str, list[dict[str, Any]]]:
 
 def figure(value: float) -> str:
     """A number for people, four digits of it, as markup."""
-    if abs(value) >= 10_000:
+    if abs(value) >= 1000 and abs(value) < 1e12:
         return minus(f"{value:,.0f}")
     return "0" if value == 0 else minus(f"{value:.4g}")
 

@@ -60,9 +60,9 @@ class Facts:
     tokens_per_s_per_gpu: float | None
     mfu: float | None
     peak_mem_gib: float | None
-    """Highest of rank 0's GPU."""
+    """Highest of any rank's GPU."""
     peak_host_mem_gib: float | None
-    """Highest of rank 0's process."""
+    """Highest of any rank's process."""
     save_stall_s: float
     data_stall_s: float
     """Seconds that training stood still, waiting for a save, or for packs."""
@@ -121,7 +121,7 @@ def state_of(run: RunFiles, now_s: float, last_s: float | None) -> State:
     silent_s = None if last_s is None else now_s - last_s
     limit_s = run.setting("guard", "hang_after_s")
     if silent_s is not None and silent_s <= (limit_s if isinstance(limit_s, int | float) else HANG_AFTER_S):
-        return State("Running", "good", "", is_over=False)
+        return State("Running", "open", "", is_over=False)
     seen = "" if last_s is None else f" Its last sign of life was on {clock(last_s)}."
     reason = f"The run has recorded no end.{seen} It was killed, or it hangs; the same command goes on."
     return State("No end recorded", "warn", reason, is_over=False)

@@ -102,7 +102,7 @@ def _speed(run: RunFiles) -> Chart:
 def _stalls(run: RunFiles) -> Chart:
     steps, stalls = run.metrics.known("save_stall_s")
     lines = [Line("seconds", "bars", steps[stalls > 0], stalls[stalls > 0], key=False)]
-    unit = f"seconds that training stood still; {stalls.sum():,.1f} s in all"
+    unit = f"seconds that training stood still; {stalls.sum():,.2f} s in all"
     return Chart("stalls", "Waiting for saves", unit, lines, from_zero=True, low_height=True)
 
 

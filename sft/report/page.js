@@ -2,7 +2,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const plots = [...document.querySelectorAll(".plot.steps")];
 const number = (value) => {
   const size = Math.abs(value);
-  if (size >= 1e4) return Math.round(value).toLocaleString("en");
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
   const text = size > 0 && size < 1e-3 ? value.toExponential(3) : Number(value.toPrecision(5)).toString();
   return text.replaceAll("-", "−");
 };

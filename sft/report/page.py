@@ -88,8 +88,9 @@ def _tiles(facts: Facts) -> str:
     if facts.loss is not None:
         tiles.append(("final loss" if facts.state.is_over else "loss", f"{facts.loss:.4f}", "of the last step"))
     if facts.first_s is not None and facts.last_s is not None:
-        note = f"{duration(facts.trained_s)} in steps, {duration(facts.save_stall_s)} waiting for saves"
-        note += f", {duration(facts.data_stall_s)} for data" if facts.data_stall_s >= 1 else ""
+        note = f"{duration(facts.trained_s)} in steps"
+        note += f", {duration(facts.save_stall_s)} waiting for saves" if facts.save_stall_s >= 1 else ""
+        note += f", {duration(facts.data_stall_s)} waiting for data" if facts.data_stall_s >= 1 else ""
         tiles.append(("time", duration(facts.last_s - facts.first_s), note))
     if facts.tokens:
         tiles.append(("tokens", _amount(facts.tokens), f"{facts.tokens:,}"))
@@ -100,9 +101,9 @@ def _tiles(facts: Facts) -> str:
     if facts.mfu is not None:
         tiles.append(("MFU", f"{100 * facts.mfu:.1f} %", "median of the steps"))
     if facts.peak_mem_gib is not None:
-        tiles.append(("peak memory", f"{facts.peak_mem_gib:,.1f} GiB", "of the first rank's GPU"))
+        tiles.append(("peak memory", f"{facts.peak_mem_gib:,.1f} GiB", "highest of any GPU"))
     elif facts.peak_host_mem_gib is not None:
-        tiles.append(("peak memory", f"{facts.peak_host_mem_gib:,.1f} GiB", "of the first rank on the host"))
+        tiles.append(("peak memory", f"{facts.peak_host_mem_gib:,.1f} GiB", "on the host, highest of any rank"))
     notes = {
         "restarts": "went on from a checkpoint",
         "rollbacks": "went back before a spike",

@@ -37,7 +37,10 @@ def event_table(events: Sequence[Event]) -> str:
         f"<td>{escape(event_words(event))}</td></tr>"
         for event in shown
     )
-    heads = '<th scope="col">time</th><th scope="col" class="n">step</th><th scope="col">event</th><td></td>'
+    heads = "".join(
+        f'<th scope="col"{" class=n" * (name == "step")}>{name}</th>'
+        for name in ("time", "step", "event", "what it says")
+    )
     return note + _boxed(heads, rows, "events")
 
 
@@ -75,7 +78,7 @@ def source_table(run: RunFiles) -> str:
         first, last = (f"{losses[place]:.4f}" if len(losses) else "" for place in (0, -1))
         share = f"{100 * part.get(name, 0.0) / total:.1f} %" if total else ""
         rows.append(_row(name, share, first, last))
-    return _table(("source", "share of tokens", "loss at first", "loss at last"), rows)
+    return _table(("source", "share of tokens", "first loss, smoothed", "last loss, smoothed"), rows)
 
 
 def checkpoint_table(run: RunFiles, facts: Facts) -> str:
@@ -86,7 +89,8 @@ def checkpoint_table(run: RunFiles, facts: Facts) -> str:
         loss = "" if saved.heldout_loss is None else f"{saved.heldout_loss:.4f}"
         mark = " (lowest)" if saved.heldout_loss is not None and saved.heldout_loss == best else ""
         state = "complete" if saved.is_complete else "not complete"
-        size = f"{saved.num_bytes / 2**30:,.2f}"
+        gib = saved.num_bytes / 2**30
+        size = f"{gib:,.2f}" if gib >= 0.1 else f"{gib:.2g}"
         ranks = "" if saved.ranks is None else f"{saved.ranks:,}"
         rows.append(_row(f"{saved.step:,}", loss + mark, size, ranks, state))
     return _table(("step", "held-out loss", "GiB", "ranks", "state"), rows)
