@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
     }
 
 
+def defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Of the options among an identity's keys: what a version did that did not know them."""
+    found = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        if name:
+            fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            if not fields[name].is_required():
+                found[key] = fields[name].get_default(call_default_factory=True)
+    return found
+
+
 def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
     """The checkpoint that this command goes on from: the newest complete one, which must be this run's.
 
@@ -149,7 +162,8 @@ def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:
             )
         return None
     meta = read_meta(newest)
-    check_identity(newest, meta, identity(config, inputs))
+    own = identity(config, inputs)
+    check_identity(newest, {**meta, "identity": defaults(own) | meta["identity"]}, own)
     if meta["step"] > inputs.last_step:
         raise UserError(f"train.stop_after {inputs.last_step}: the run is at step {meta['step']} already ({newest})")
     return newest
