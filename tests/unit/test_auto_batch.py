@@ -75,8 +75,8 @@ def test_the_largest_that_fits_every_rank_is_found_and_nothing_beyond_the_limit_
     phases=st.lists(st.tuples(st.floats(0, 40), st.floats(0, 30)), min_size=2, max_size=5),
 )
 def test_a_bend_costs_at_most_a_smaller_result(sizes, rest, phases):
-    """The peak is the largest of several phases, so the line may bend upwards behind the last trial. No trial needs more
-    than the device has, but for one pack more than fitted, and only where the slope more than doubles there."""
+    """The peak is the largest of several phases, so the line may bend upwards behind the last trial. No trial needs
+    more than the device has, but for one pack more than fitted, and only where the slope more than doubles there."""
 
     def need(packs):
         return np.array([rest + max(fixed + slope * packs for fixed, slope in phases)])
