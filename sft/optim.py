@@ -38,6 +38,10 @@ def check_optimizer(optim: OptimSection, strategy: dict[str, Any], elements_per_
             f"{asked}: offload_optimizer in the DeepSpeed file goes with adamw and fp32 alone; use these, or a file "
             "that does not offload the optimizer"
         )
+    if optim.name == "lion" and optim.states == "8bit":
+        raise UserError(
+            f"{asked}: Lion steps by the sign of its moment, and 8 bits do not keep that of small ones; use bf16"
+        )
     if not _needs_bitsandbytes(optim):
         return
     if importlib.util.find_spec("bitsandbytes") is None:

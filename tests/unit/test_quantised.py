@@ -30,7 +30,7 @@ def values_of(moment: Quantised, size: int = 777) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("numel", [1, BLOCK, 3 * BLOCK + 7, 70_001])
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_values_that_are_set_again_give_the_same_codes_and_scales(name, numel):
     for moment in moments_of(name, numel).values():
         again = Quantised(torch.zeros_like(moment.codes), torch.zeros_like(moment.scales), moment.table)
@@ -49,7 +49,7 @@ def test_control_without_the_minus_one_scales_shrink():
 
 
 def test_a_part_has_the_values_of_the_whole_there_whatever_the_size_of_the_pieces():
-    moment = moments_of("lion", 3 * BLOCK)["exp_avg"]
+    moment = moments_of("adamw", 3 * BLOCK)["exp_avg"]
     whole = values_of(moment)
     for first, last in ((0, 5), (250, 262), (300, 3 * BLOCK)):
         for size in (1, 100, 10_000):
@@ -71,7 +71,7 @@ def test_setting_rounds_to_the_nearest_code_with_the_scale_of_the_block():
 
 
 def test_zeros_stay_zeros():
-    moment = moments_of("lion", BLOCK)["exp_avg"]
+    moment = moments_of("adamw", BLOCK)["exp_avg"]
     assert moment.any()
     moment.copy_(torch.zeros(BLOCK))
     assert not moment.any()
