@@ -55,7 +55,7 @@ def train(
                     state.moments = {key: moment.bfloat16().float() for key, moment in state.moments.items()}
                 if "exp_avg_sq" in state.moments:
                     state.moments["exp_avg_sq"] *= scale_error
-                p -= lr * optim.l2_sp * (p - state.base)
+                p.sub_(lr * optim.l2_sp * (p - state.base))
                 if ema_decay is not None:
                     d = min(ema_decay, (1 + step) / (10 + step))
                     state.ema = state.ema + (1 - d) * (p - state.ema)

@@ -66,10 +66,8 @@ def runs(tmp_path_factory, base_model, prepared):
     strategies[3] = tiny.make_strategy(folder / "zero3.json", 3, sub_group_size=5000)
 
     def run(name, **more):
-        return {
-            "name": name, "ranks": 2, "options": {**options, **options_of(name), "deepspeed": strategies[int(name[-1])]},
-            **more,
-        }  # fmt: skip
+        own = {**options, **options_of(name), "deepspeed": strategies[int(name[-1])]}
+        return {"name": name, "ranks": 2, "options": own, **more}
 
     def go_on(name, kind, **more):
         made = ["export", "export-ema"] if name.startswith("recipe") else ["export"]
