@@ -12,6 +12,9 @@ from sft import config, prep_options
 from sft.augment_options import AugmentConfig
 from sft.doctor.options import DoctorConfig
 from sft.eval.options import DriftConfig, EvalConfig
+from sft.merge import MergeConfig
+from sft.plan import PlanConfig
+from sft.report.run import ReportConfig
 from sft.settings import walk_options
 from sft.stage import StageConfig
 
@@ -21,6 +24,9 @@ COMMANDS = {
     "sft prep verify": prep_options.VerifyConfig,
     "sft train": config.RunConfig,
     "sft stage": StageConfig,
+    "sft plan": PlanConfig,
+    "sft report": ReportConfig,
+    "sft merge": MergeConfig,
     "sft doctor": DoctorConfig,
     "sft blame": config.BlameConfig,
     "sft export": config.ExportConfig,
@@ -148,6 +154,8 @@ OPTIONS = {
         "dtype",
         "max_shard_gb",
     ],
+    "sft report": ["run*", "out"],
+    "sft merge": ["base*", "tuned*", "alpha*", "out*", "dtype", "max_shard_gb"],
     "sft eval": [
         "tasks",
         "data*",
@@ -214,6 +222,7 @@ OPTIONS = {
         "ranks",
     ],
 }
+OPTIONS["sft plan"] = [*OPTIONS["sft train"], "ranks"]
 OPTIONS["sft stage"] = [*OPTIONS["sft train"], "to*"]
 OPTIONS["sft doctor"] = [
     *OPTIONS["sft train"],

@@ -14,6 +14,9 @@ from sft.cli import COMMANDS, take_ranks
 from sft.doctor.options import DoctorConfig
 from sft.errors import UserError
 from sft.eval.options import DriftConfig, EvalConfig
+from sft.merge import MergeConfig
+from sft.plan import PlanConfig, take_plot
+from sft.report.run import ReportConfig
 from sft.settings import load
 from sft.stage import StageConfig
 from tests.tiny import REPO
@@ -27,13 +30,16 @@ OPTIONS = {
     "train": config.RunConfig,
     "doctor": DoctorConfig,
     "stage": StageConfig,
+    "plan": PlanConfig,
+    "report": ReportConfig,
+    "merge": MergeConfig,
     "blame": config.BlameConfig,
     "export": config.ExportConfig,
     "eval": EvalConfig,
     "drift": DriftConfig,
     "demo": config.DemoConfig,
 }
-POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run", "blame": "run"}
+POSITIONAL = {"prep verify": "shards", "show": "shards", "export": "run", "blame": "run", "report": "run"}
 
 
 def shell_lines():
@@ -47,10 +53,11 @@ def sft_commands():
 
 def parse(line):
     """Exit of `--print-config`: the options are complete and valid."""
-    _, *words = shlex.split(line)
+    _, *words = shlex.split(line, comments=True)
     taken = 2 if " ".join(words[:2]) in OPTIONS else 1
     command, arguments = " ".join(words[:taken]), words[taken:]
     _, arguments = take_ranks(arguments)
+    _, arguments = take_plot(arguments)
     with pytest.raises(SystemExit) as left:
         load(
             OPTIONS[command], [*arguments, "--print-config"], prog=f"sft {command}", positional=POSITIONAL.get(command)
@@ -77,7 +84,7 @@ def test_control_a_wrong_command_is_noticed():
 @pytest.mark.parametrize("line", [line for line in shell_lines() if "launch/" in line])
 def test_launch_commands_name_files_that_exist(line):
     named = [word for word in line.split() if word.startswith("launch/")]
-    assert len(named) == 2
+    assert len(named) == (1 if line.startswith("sft ") else 2)
     assert all((REPO / name).is_file() for name in named)
 
 
