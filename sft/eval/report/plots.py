@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from sft.eval.report.grids import known_gains
 from sft.eval.report.wording import margin_words, task_name
 from sft.eval.results import HEADLINE
+from sft.png import new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOT_FILES = ("subjects.png", *(f"margins-{task}.png" for task in HEADLINE), "gain.png")
 """All that `write_plots` may write."""
-DOTS_PER_INCH = 160
 GREY, BLUE, ORANGE = "#6b747d", "#0b62a8", "#c2560a"
 """Told apart by readers who do not see red and green, and in grey print."""
 
@@ -38,19 +38,12 @@ def write_plots(report: dict[str, Any], folder: Path) -> list[str]:
     if gains := known_gains(report):
         figures["gain.png"] = _gain(report, gains)
     for name, figure in figures.items():
-        temporary = folder / f".{name}.tmp"
-        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
-        temporary.replace(folder / name)
+        save_png(figure, folder / name)
     return list(figures)
 
 
 def _figure(width_in: float, height_in: float) -> "tuple[Figure, Any]":
-    """A figure of its own canvas: pyplot would keep every figure, and choose a backend that may need a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width_in, height_in)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
