@@ -27,8 +27,8 @@ class State:
 
 
 def train(
-    model_path: Path, data: Path, steps: int, rows_per_step: int, optim: OptimSection, factors: dict[str, float],
-    ema_decay: float | None = None, scale_error: float = 1.0,
+    model_path: Path, data: Path, steps: int, total_steps: int, rows_per_step: int, optim: OptimSection,
+    factors: dict[str, float], ema_decay: float | None = None, scale_error: float = 1.0,
 ) -> Tensors:  # fmt: skip
     """What a run comes to: parameters, moments and averages, flattened, by "<name>|<state>".
 
@@ -44,7 +44,7 @@ def train(
         model.zero_grad()
         _step_loss(model, shards, rows, None).backward()
         torch.nn.utils.clip_grad_norm_(named.values(), optim.grad_clip)
-        rate = lr_at(step, steps, optim.lr, ScheduleSection(warmup=0))
+        rate = lr_at(step, total_steps, optim.lr, ScheduleSection(warmup=0))
         with torch.no_grad():
             for name, p in named.items():
                 lr = rate * next((factor for part, factor in factors.items() if part in name), 1.0)

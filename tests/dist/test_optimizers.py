@@ -21,6 +21,8 @@ pytest.importorskip("bitsandbytes", reason="the extra lowbit is not installed")
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 STEPS, SAVED, ROWS = 6, 3, 8
+TOTAL = 7
+"""The schedule's steps: what stops before its end exports nothing."""
 COMMON = {"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 1.0, "betas": (0.9, 0.95)}
 OPTIMS = {
     "lion-zero3": OptimSection(name="lion", **COMMON),
@@ -31,7 +33,7 @@ OPTIMS = {
     "lion_bf16-zero3": OptimSection(name="lion", states="bf16", **COMMON),
     "8bit-zero3": OptimSection(states="8bit", **COMMON),
     "sgd_8bit-zero3": OptimSection(name="sgd", states="8bit", **COMMON | {"lr": 1e-2}),
-    **{f"recipe-zero{stage}": OptimSection(layer_decay=0.5, l2_sp=0.3, **COMMON) for stage in (1, 2, 3)},
+    **{f"recipe-zero{stage}": OptimSection(layer_decay=0.5, l2_sp=30, **COMMON) for stage in (1, 2, 3)},
 }
 FACTORS = {"layers.0.": 0.25, "layers.1.": 0.5, "embed": 0.125}
 """Of the tiny model's two layers at layer_decay 0.5; the final norm and the head have 1."""
@@ -40,7 +42,7 @@ TOLERANCE = 5e-5
 """Of what training has made of a tensor."""
 CLOSE_8BIT = 0.12
 RESUMED = ("sgd-zero3", "bf16-zero3", "8bit-zero3", "recipe-zero1", "recipe-zero2", "recipe-zero3")
-ON_ONE_RANK = {"bf16-zero3": 1e-4, "8bit-zero3": 0.02, "recipe-zero3": 1e-4}
+ON_ONE_RANK = {"8bit-zero3": 0.02, "recipe-zero3": 1e-4}
 """Limits of the difference."""
 CONTROLS = {"shifted": "shift_moments", "no_average": "lose_average"}
 CONTROL_OF = {"shifted": "8bit-zero3", "no_average": "recipe-zero3"}
@@ -58,8 +60,8 @@ def runs(tmp_path_factory, base_model, prepared):
     """Every optimizer from the start; then, from copies of them at step SAVED, what goes on to the end."""
     folder = tmp_path_factory.mktemp("optimizers")
     options = {
-        **SETTINGS, "model.path": base_model, "data.train": prepared / "train", "train.max_steps": STEPS,
-        "batch.rows_per_step": ROWS, "checkpoint.every": SAVED,
+        **SETTINGS, "model.path": base_model, "data.train": prepared / "train", "train.max_steps": TOTAL,
+        "train.stop_after": STEPS, "batch.rows_per_step": ROWS, "checkpoint.every": SAVED,
     }  # fmt: skip
     # parts of several parameters in one flat tensor, and several flat tensors of a group
     strategies = {stage: tiny.make_strategy(folder / f"zero{stage}.json", stage) for stage in (1, 2)}
@@ -70,8 +72,7 @@ def runs(tmp_path_factory, base_model, prepared):
         return {"name": name, "ranks": 2, "options": own, **more}
 
     def go_on(name, kind, **more):
-        made = ["export", "export-ema"] if name.startswith("recipe") else ["export"]
-        started = {"copy_of": name, "remove": [f"checkpoints/{step_folder(Path(), STEPS)}", *made]}
+        started = {"copy_of": name, "remove": [f"checkpoints/{step_folder(Path(), STEPS)}"]}
         return run(name, out=f"{name}-{kind}", **started) | {"name": f"{name}-{kind}", **more}
 
     resumed = [go_on(name, "resumed") for name in RESUMED] + [go_on(name, "one", ranks=1) for name in ON_ONE_RANK]
@@ -89,7 +90,9 @@ def at_once(planned: list) -> list[list]:
 def expected(base_model, prepared):
     def of(optim, scale_error=1.0):
         recipe = {"factors": FACTORS, "ema_decay": EMA_DECAY} if optim.l2_sp else {"factors": {}}
-        return optimizer_reference.train(base_model, prepared, STEPS, ROWS, optim, scale_error=scale_error, **recipe)
+        return optimizer_reference.train(
+            base_model, prepared, STEPS, TOTAL, ROWS, optim, scale_error=scale_error, **recipe
+        )
 
     return of
 
@@ -148,8 +151,7 @@ def test_an_optimizer_equals_its_rule_on_whole_parameters(runs, expected, base, 
         ("sgd-zero3", {"betas": (0.899, 0.95)}),
         ("bf16-zero3", {"states": "fp32"}),
         ("lion_bf16-zero3", {"states": "fp32"}),
-        ("recipe-zero3", {"l2_sp": 0.299}),
-        ("recipe-zero3", {"l2_sp": 0.301}),
+        ("recipe-zero3", {"l2_sp": 29}),
     ],
 )
 def test_control_a_slightly_other_rule_is_noticed(runs, expected, base, name, change):
@@ -160,7 +162,7 @@ def test_control_a_slightly_other_rule_is_noticed(runs, expected, base, name, ch
 def test_control_the_learning_rates_of_two_layers_exchanged_are_noticed(runs, base_model, prepared, base):
     exchanged = {**FACTORS, "layers.0.": FACTORS["layers.1."], "layers.1.": FACTORS["layers.0."]}
     wanted = optimizer_reference.train(
-        base_model, prepared, STEPS, ROWS, OPTIMS["recipe-zero3"], exchanged, ema_decay=EMA_DECAY
+        base_model, prepared, STEPS, TOTAL, ROWS, OPTIMS["recipe-zero3"], exchanged, ema_decay=EMA_DECAY
     )
     assert off(states_of(runs, "recipe-zero3"), wanted, base, "fp32") > 0.1
 
@@ -207,9 +209,7 @@ def test_control_a_resume_without_the_average_changes_it_alone(runs, base):
 
 
 def test_a_checkpoint_lists_what_it_holds(runs):
-    listed = {
-        name: read_meta(step_folder(runs.folder / name / "checkpoints", STEPS))["states"] for name in OPTIMS
-    }  # fmt: skip
+    listed = {name: read_meta(step_folder(runs.folder / name / "checkpoints", STEPS))["states"] for name in OPTIMS}
     assert listed["lion-zero3"] == ["fp32", "exp_avg"]
     assert listed["sgd-zero1"] == listed["sgd_8bit-zero3"] == ["fp32", "momentum_buffer"]
     assert listed["8bit-zero3"] == ["fp32", "exp_avg", "exp_avg_sq"]
