@@ -5,6 +5,7 @@ Rules that need more than one field are validators here, so that every problem s
 """
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -127,11 +128,11 @@ class LrMultiplier(Section):
 
 class OptimSection(Section):
     name: Literal["adamw", "lion", "sgd"] = "adamw"
-    """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023): one moment, usually at a third to a tenth of AdamW's
-    lr; sgd with momentum betas[0]."""
+    """adamw (Loshchilov & Hutter 2019); lion (Chen et al. 2023; extra lowbit): one moment, at a third to a tenth of
+    AdamW's lr, betas 0.9, 0.99; sgd with momentum betas[0]."""
     states: Literal["fp32", "bf16", "8bit"] = "fp32"
     """What the moments are held in; master weights are always fp32. bf16: 2 bytes each; 8bit: 1, in blocks with a scale
-    (Dettmers et al. 2022)."""
+    (Dettmers et al. 2022; adamw and sgd; extra lowbit)."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate; 1e-5 to 2e-5 is usual for full-parameter SFT of 7B-13B models."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -139,7 +140,7 @@ class OptimSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled decay per unit of learning rate, for matrices only."""
+    """Decoupled decay per unit of learning rate, for matrices only; of sgd: a part of the gradient."""
     no_decay: Annotated[list[str], BeforeValidator(split_commas)] = ["embed", "norm", "bias"]
     """Parameters whose name holds one of these strings are not decayed; one-dimensional ones never are."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -296,6 +297,18 @@ class RunConfig(Section):
                 f"eval.probe.max_drop {self.eval.probe.max_drop} needs eval.probe.data: where MMLU and HellaSwag are"
             )
         return self
+
+
+def defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Of the options of a run among `keys`, "optim.name" and the like: what a version did that did not know them."""
+    found = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        if name:
+            fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+            if not fields[name].is_required():
+                found[key] = fields[name].get_default(call_default_factory=True)
+    return found
 
 
 class BlameConfig(Section):
