@@ -138,6 +138,8 @@ def resolve(run: Run, leave_if_asked: Callable[[], None]) -> Run:
     holds_for = circumstances(run)
     known = on_first_rank(lambda: read_record(run.out, holds_for))
     if known is None:
+        # of other circumstances: advice to a rank that runs out of memory in a trial would build on it
+        on_first_rank(lambda: (run.out / FILE).unlink(missing_ok=True))
         began_s = time.perf_counter()
         trials = search(run, sizes, leave_if_asked)
         check_smallest(trials)

@@ -99,6 +99,8 @@ def describe(
 ) -> list[str]:
     """The plan, line by line."""
     lines = batch_arithmetic(config, inputs)
+    if config.batch.micro_batch == "auto":
+        lines.append("micro-batch     auto: found by trial at the start; here 1 stands for it")
     if newest := find_resume(config, inputs):
         lines.append(f"goes on from    {newest}")
     if inputs.last_step < inputs.total_steps:

@@ -47,7 +47,8 @@ def data_ranks(world_size: int, size: int) -> int:
     """
     if world_size % size:
         raise UserError(
-            f"batch.sequence_parallel {size} does not divide the {world_size} ranks; use a divisor of {world_size}"
+            f"batch.sequence_parallel {size} does not divide the {world_size} ranks; use a divisor of {world_size}, or "
+            f"a multiple of {size} ranks (--ranks)"
         )
     return world_size // size
 

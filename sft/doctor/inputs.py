@@ -22,6 +22,7 @@ from sft.model import context_length, read_model_config
 from sft.model_shards import open_model_shards
 from sft.probe_items import open_probe
 from sft.retention import num_parameters
+from sft.sample_prompts import open_samples
 from sft.tokenizer import TOKENIZER_FILES, load_tokenizer
 from sft.weight_files import weight_files
 
@@ -141,7 +142,7 @@ def _open_everything(config: RunConfig) -> dict[str, Any]:
     model = problems.attempt("model folder", partial(read_model_config, folder))
     tokenizer = problems.attempt("model folder", partial(load_tokenizer, folder))
     problems.attempt("model folder", partial(num_parameters, Path(folder)))
-    keys, longest = {}, 0
+    keys, longest, trained = {}, 0, None
     for option, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if path is None:
             continue
@@ -151,8 +152,11 @@ def _open_everything(config: RunConfig) -> dict[str, Any]:
         shards = problems.attempt("shards", step)
         if shards is not None:
             keys[option], longest = shards.manifest["content_key"], shards.manifest["seq_len"]
-    if model is not None and tokenizer is not None and keys:
-        problems.attempt("probe", partial(open_probe, config.eval.probe, tokenizer, context_length(model) or longest))
+            trained = trained or shards.manifest
+    if model is not None and tokenizer is not None and trained is not None:
+        limit = context_length(model)
+        problems.attempt("probe", partial(open_probe, config.eval.probe, tokenizer, limit or longest))
+        problems.attempt("samples", partial(open_samples, config.eval.samples, tokenizer, trained, limit))
     saved = _start(config, problems)
     lines = [[check, line] for line, check in problems.lines.items() if check != "disk"]  # sft.doctor.disk tells
     return {"problems": lines, "keys": keys, "saved": saved}
@@ -162,8 +166,8 @@ def _start(config: RunConfig, problems: _Problems) -> bool:
     """The rest of what training does before its first step; returns whether the save path was tried and works."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     inputs = problems.attempt("run file", partial(open_inputs, config, world_size))
-    if inputs is None:  # with one rank any batch divides: what comes after that is looked at as well
-        inputs = problems.attempt("run file", partial(open_inputs, config, 1))
+    if inputs is None:  # of ranks that share one pack any batch divides: what comes after that is looked at as well
+        inputs = problems.attempt("run file", partial(open_inputs, config, config.batch.sequence_parallel))
     if inputs is None:
         return False
     problems.attempt("run file", partial(find_resume, config, inputs))

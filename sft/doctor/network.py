@@ -349,6 +349,7 @@ def _for_run(config: RunConfig, device: torch.device, overall: Bandwidth, ranks:
             micro_batch=micro_batch,
             seq_len=read_manifest(Path(config.data.train))["seq_len"],
             recompute=config.model.activation_checkpointing == "full",
+            sequence_parallel=config.batch.sequence_parallel,
         )
     except UserError as error:
         return Finding(CHECK, "skip", "all ranks", f"cannot be told: {error}")

@@ -44,11 +44,13 @@ class Workload:
     seq_len: int
     recompute: bool
     """Full activation checkpointing."""
+    sequence_parallel: int = 1
+    """Ranks that share each pack. What they exchange for that within a layer is left out."""
 
     @property
     def tokens(self) -> int:
         """Of a micro-step of one rank, at most."""
-        return self.micro_batch * self.seq_len
+        return self.micro_batch * self.seq_len // self.sequence_parallel
 
     @property
     def flops_per_token(self) -> int:
@@ -105,9 +107,10 @@ def judge_traffic(work: Workload, all_gather_gib_s: float, reduce_scatter_gib_s:
 
 
 def _remedy(work: Workload, tokens: int) -> str:
+    packs = math.ceil(tokens * work.sequence_parallel / work.seq_len)
     more = (
         f"{tokens:,} tokens per micro-step would hide it: raise batch.micro_batch ({work.micro_batch}) to "
-        f"{math.ceil(tokens / work.seq_len):,}, or prepare a longer seq_len ({work.seq_len}), as far as memory allows"
+        f"{packs:,}, or prepare a longer seq_len ({work.seq_len}), as far as memory allows"
     )
     stage = work.strategy["zero_optimization"]["stage"]
     fewer = {

@@ -77,6 +77,22 @@ def test_all_problems_at_once(folder, monkeypatch):
         assert part in text
 
 
+@pytest.mark.parametrize(("ranks", "told"), [(1, 1), (2, 0), (3, 1)])
+def test_ranks_that_cannot_share_packs_are_told_once_and_hide_nothing(folder, monkeypatch, ranks, told):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    found = problems(config_of(folder, batch={"rows_per_step": 4, "sequence_parallel": 2}))
+    assert [check for check, _ in found] == ["run file"] * told
+    assert all(f"does not divide the {ranks} ranks" in line for _, line in found)
+    assert collect(config_of(folder, batch={"rows_per_step": 4, "sequence_parallel": 2}))["saved"]
+
+
+def test_prompts_of_samples_are_looked_at_beside_other_problems(folder):
+    samples = {"samples": {"prompts": str(folder / "none.txt")}}
+    told = problems(config_of(folder, deepspeed="zero9", eval=samples))
+    assert sorted(check for check, _ in told) == ["run file", "samples"]
+    assert "none.txt: no such file" in dict(told)["samples"]
+
+
 def test_a_problem_is_told_once(folder):
     shutil.rmtree(folder / "data" / "train")
     told = problems(config_of(folder))

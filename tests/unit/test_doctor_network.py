@@ -104,6 +104,16 @@ def test_without_recomputation_less_is_hidden():
     assert judge_traffic(work, 50, 50, 400e12).figures["compute_s"] == pytest.approx(0.7997, rel=1e-3)
 
 
+def test_ranks_that_share_a_pack_compute_a_part_of_it_each():
+    work = Workload(**ON_TWO_NODES | {"sequence_parallel": 4})
+    found = judge_traffic(work, 50, 50, 400e12)
+    assert found.figures["tokens"] == 1024
+    assert found.figures["compute_s"] == pytest.approx(1.0663 / 4, rel=1e-3)
+    needed = found.figures["tokens_that_hide_it"]
+    assert 1024 < needed < 8192
+    assert f"raise batch.micro_batch (1) to {-(-needed * 4 // 4096)}," in found.remedy
+
+
 def test_slower():
     assert slower({"n1": 10.0, "n2": 9.0, "n3": 2.3}, 0.25) == []  # a quarter of 9 is 2.25
     assert slower({"n1": 10.0, "n2": 9.0, "n3": 2.25}, 0.25) == ["n3"]

@@ -38,6 +38,13 @@ def test_the_plan_by_hand(flags, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
+def test_a_micro_batch_that_is_still_to_be_found_is_not_told_as_1(flags, capsys):
+    said = plan(capsys, *flags, "--ranks", "4", "--batch.micro_batch", "auto", "--batch.sequence_parallel", "2")
+    assert "rows per step   2 groups of 2 ranks x 1 micro-batch x 4 accumulation = 8\n" in said
+    assert "micro-batch     auto: found by trial at the start" in said
+    assert "micro-batch     auto" not in plan(capsys, *flags, "--ranks", "4")
+
+
 def test_every_parameter_is_in_one_group_as_in_the_run(flags, base_model):
     more = ["--optim.layer_decay", "0.5", "--optim.multipliers", "[{match: norm, factor: 0, start: 0.3}]"]
     config = load(RunConfig, [*flags, *more], prog="sft plan")

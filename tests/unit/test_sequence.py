@@ -98,7 +98,8 @@ def test_heads_that_cannot_be_divided_are_told(size, heads, groups):
 def test_ranks_that_cannot_be_divided_are_told():
     assert data_ranks(8, 4) == 2
     for world_size, size in ((4, 3), (2, 4), (1, 2)):
-        with pytest.raises(UserError, match=f"does not divide the {world_size} ranks; use a divisor of {world_size}"):
+        remedy = f"use a divisor of {world_size}, or a multiple of {size} ranks"
+        with pytest.raises(UserError, match=f"does not divide the {world_size} ranks; {remedy}"):
             data_ranks(world_size, size)
 
 
