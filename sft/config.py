@@ -5,7 +5,6 @@ Rules that need more than one field are validators here, so that every problem s
 """
 
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -79,7 +78,7 @@ class BatchSection(Section):
 class EarlyStopSection(Section):
     patience: PositiveInt | None = None
     """End the run after this many measurements of the held-out loss in a row (one each eval.every steps) without a new
-    lowest; null: never. The model with the lowest loss among the checkpoints is exported."""
+    lowest; null: never. The model with the lowest loss among the checkpoints is exported, however the run ends."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """A new lowest lies below the last by more than this, in nats per label."""
 
@@ -299,10 +298,10 @@ class RunConfig(Section):
         return self
 
 
-def defaults(keys: Iterable[str]) -> dict[str, Any]:
-    """Of the options of a run among `keys`, "optim.name" and the like: what a version did that did not know them."""
+def defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of a run among the keys of its identity: what a version did that did not know them."""
     found = {}
-    for key in keys:
+    for key in identity:
         section, _, name = key.partition(".")
         if name:
             fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]

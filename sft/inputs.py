@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from data_prep.shards import Shards
 from sft import lr_groups, sequence
 from sft.checkpoint import check_identity, list_torn, newest_complete, read_meta
-from sft.config import RunConfig, TrackSection
+from sft.config import RunConfig, TrackSection, defaults
 from sft.engine import read_strategy
 from sft.errors import UserError
 from sft.model import context_length, read_model_config
@@ -20,7 +19,7 @@ from sft.model_shards import open_model_shards
 from sft.optim import check_optimizer
 from sft.order import steps_per_epoch
 from sft.probe_items import ProbeItems, open_probe
-from sft.retention import bytes_per_parameter, check_disk
+from sft.retention import bytes_per_parameter, check_disk, exported_bytes_per_parameter
 from sft.sample_prompts import SamplePrompts, open_samples
 from sft.tokenizer import Tokenizer, load_tokenizer
 from sft.weight_files import num_parameters
@@ -89,7 +88,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         total,
         heldout=heldout is not None,
         saved_itemsize=bytes_per_parameter(config.optim, config.train.ema_decay),
-        export_itemsize=4 if config.model.precision == "fp32" else 2,
+        exported_itemsize=exported_bytes_per_parameter(config.model.precision, config.train.ema_decay),
     )
     return RunInputs(
         train=train,
@@ -132,18 +131,6 @@ def identity(config: RunConfig, inputs: RunInputs) -> dict[str, Any]:
         "train.ema_decay": config.train.ema_decay,
         "model.attention_dropout": config.model.attention_dropout,
     }
-
-
-def defaults(keys: Iterable[str]) -> dict[str, Any]:
-    """Of the options among an identity's keys: what a version did that did not know them."""
-    found = {}
-    for key in keys:
-        section, _, name = key.partition(".")
-        if name:
-            fields = RunConfig.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-            if not fields[name].is_required():
-                found[key] = fields[name].get_default(call_default_factory=True)
-    return found
 
 
 def find_resume(config: RunConfig, inputs: RunInputs) -> Path | None:

@@ -16,6 +16,8 @@ from sft.zero_state import PREFIX
 
 MOMENTS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.float32}
 """What sft.zero_state.make_states makes, by optim.states; 8-bit optimizers make their own."""
+LARGEST_BETA_BF16 = 0.99
+"""bf16 numbers lie up to 1/128 of them apart: what changes a moment by less than half of that is rounded away."""
 LARGEST_FLAT = 2**31 - 1
 """Elements of one tensor in bitsandbytes, which hands their number to its kernels as int32."""
 
@@ -41,6 +43,12 @@ def check_optimizer(optim: OptimSection, strategy: dict[str, Any], elements_per_
     if optim.name == "lion" and optim.states == "8bit":
         raise UserError(
             f"{asked}: Lion steps by the sign of its moment, and 8 bits do not keep that of small ones; use bf16"
+        )
+    used = optim.betas[:1] if optim.name == "sgd" else optim.betas
+    if optim.states == "bf16" and max(used) > LARGEST_BETA_BF16:
+        raise UserError(
+            f"{asked}: optim.betas {list(optim.betas)} change a moment by less than bf16 can hold, and it would stand "
+            f"still; use at most {LARGEST_BETA_BF16}, or states fp32"
         )
     if not _needs_bitsandbytes(optim):
         return

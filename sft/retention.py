@@ -13,6 +13,8 @@ from sft.moments import MOMENTS
 from sft.weight_files import num_parameters
 
 GIB = 2**30
+EXPORTS = ("export", "export.partial", "export-ema", "export-ema.partial")
+"""Folders that the end of a run writes."""
 
 
 def kept(losses: Mapping[int, float | None], keep: CheckpointSection) -> set[int]:
@@ -21,9 +23,8 @@ def kept(losses: Mapping[int, float | None], keep: CheckpointSection) -> set[int
     The newest `keep_last`; the one with the lowest loss (the newer one of two equals); every multiple of `keep_every`.
     """
     steps = set(sorted(losses)[-keep.keep_last :])
-    measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    if keep.keep_best and measured:
-        steps.add(min(measured, key=lambda step: (measured[step], -step)))
+    if keep.keep_best and (best := _best(losses)) is not None:
+        steps.add(best)
     if keep.keep_every:
         steps |= {step for step in losses if step % keep.keep_every == 0}
     return steps
@@ -65,6 +66,11 @@ def bytes_per_parameter(optim: OptimSection, ema_decay: float | None) -> int:
     return 4 + moments + (4 if ema_decay is not None else 0)
 
 
+def exported_bytes_per_parameter(precision: str, ema_decay: float | None) -> int:
+    """What the end of a run exports of each parameter: the weights, and the average where one is kept."""
+    return (4 if precision == "fp32" else 2) * (1 if ema_decay is None else 2)
+
+
 def best_checkpoint(folder: Path) -> Path:
     """The complete checkpoint with the lowest held-out loss, the newer one of two equals; without any measured, the
     newest.
@@ -75,9 +81,14 @@ def best_checkpoint(folder: Path) -> Path:
     complete = _complete(folder)
     if not complete:
         raise UserError(f"{folder}: holds no complete checkpoint to export")
-    losses = {step: meta["heldout_loss"] for step, (_, meta) in complete.items()}
+    best = _best({step: meta["heldout_loss"] for step, (_, meta) in complete.items()})
+    return complete[max(complete) if best is None else best][0]
+
+
+def _best(losses: Mapping[int, float | None]) -> int | None:
+    """The step with the lowest loss, the newer one of two equals; None where no loss is a number."""
     measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    return complete[min(measured, key=lambda step: (measured[step], -step)) if measured else max(complete)][0]
+    return min(measured, key=lambda step: (measured[step], -step)) if measured else None
 
 
 def _complete(folder: Path) -> dict[int, tuple[Path, dict[str, Any]]]:
@@ -94,13 +105,13 @@ def check_disk(
     *,
     heldout: bool,
     saved_itemsize: int,
-    export_itemsize: int,
+    exported_itemsize: int,
 ) -> dict[str, Any]:
-    """Refuse a run whose checkpoints and export cannot fit; what it has written of them already counts as room.
+    """Refuse a run whose checkpoints and exports cannot fit; what it has written of them already counts as room.
 
     Args:
         saved_itemsize: bytes that a checkpoint holds of each parameter.
-        export_itemsize: bytes that the export holds of each.
+        exported_itemsize: bytes that all exports together hold of each.
 
     Returns:
         need_gib, free_gib, checkpoint_gib, checkpoints: for the start event.
@@ -111,22 +122,21 @@ def check_disk(
     elements = num_parameters(model)
     one = elements * saved_itemsize
     count = most_checkpoints(keep, total_steps, heldout=heldout, present=_complete(out / "checkpoints"))
-    export = elements * export_itemsize
+    exports = elements * exported_itemsize
     written = [
         *(out / "checkpoints").glob("step-*/*"),
-        *(out / "export").glob("*"),
-        *(out / "export.partial").glob("*"),
+        *(file for name in EXPORTS for file in (out / name).glob("*")),
     ]
     there = sum(file.stat().st_size for file in written if file.parent.suffix != ".damaged")
     existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
-    need = one * count + export
+    need = one * count + exports
     if need > free + there:
         rarer = f", raise checkpoint.keep_every ({keep.keep_every})" if keep.keep_every else ""
         raise UserError(
-            f"--out {out}: {count} checkpoints of {one / GIB:,.1f} GiB and the export need {need / GIB:,.1f} GiB, but "
-            f"{(free + there) / GIB:,.1f} GiB are free or hold what the run has written; lower checkpoint.keep_last "
-            f"({keep.keep_last}){rarer}, delete older checkpoints, or choose another --out"
+            f"--out {out}: {count} checkpoints of {one / GIB:,.1f} GiB and exports of {exports / GIB:,.1f} GiB need "
+            f"{need / GIB:,.1f} GiB, but {(free + there) / GIB:,.1f} GiB are free or hold what the run has written; "
+            f"lower checkpoint.keep_last ({keep.keep_last}){rarer}, delete older checkpoints, or choose another --out"
         )
     return {
         "checkpoint_gib": round(one / GIB, 3),

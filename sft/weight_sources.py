@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sft.checkpoint import Pieces, check_undamaged, digests, is_complete, list_checkpoints, read_meta, step_of
+from sft.config import defaults
 from sft.errors import UserError
 from sft.zero_state import EMA, STATES
 
@@ -60,14 +61,14 @@ def from_mean(checkpoints: Sequence[Path]) -> Source:
     for checkpoint in checkpoints:
         check_undamaged(checkpoint)
     metas = [read_meta(checkpoint) for checkpoint in checkpoints]
-    for key in ("shapes", "identity"):
-        for checkpoint, meta in zip(checkpoints, metas, strict=True):
-            if meta[key] != metas[-1][key]:
-                raise UserError(
-                    f"--average: {checkpoint} has another {'model' if key == 'shapes' else 'run'} behind it than "
-                    f"{checkpoints[-1]} ({key} in meta.json differs); move it away, or lower --average"
-                )
-    shapes = metas[-1]["shapes"]
+    shapes, identity = metas[-1]["shapes"], metas[-1]["identity"]
+    for checkpoint, meta in zip(checkpoints, metas, strict=True):
+        if meta["shapes"] != shapes or defaults(identity) | meta["identity"] != identity:
+            what, key = ("run", "identity") if meta["shapes"] == shapes else ("model", "shapes")
+            raise UserError(
+                f"--average: {checkpoint} has another {what} behind it than {checkpoints[-1]} ({key} in meta.json "
+                "differs); move it away, or lower --average"
+            )
     *earlier, last = (Pieces(checkpoint) for checkpoint in checkpoints)
 
     def read(name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from sft.doctor.finding import Finding, Report, one_per_host
 from sft.doctor.group import Group
 from sft.errors import UserError
 from sft.order import steps_per_epoch
-from sft.retention import bytes_per_parameter, check_disk, num_parameters
+from sft.retention import bytes_per_parameter, check_disk, exported_bytes_per_parameter, num_parameters
 from sft.run_folder import DOCTOR, run_folder
 
 GIB = 2**30
@@ -182,7 +182,7 @@ def _room(config: RunConfig) -> dict[str, Any] | None:
         total,
         heldout=config.data.heldout is not None,
         saved_itemsize=bytes_per_parameter(config.optim, config.train.ema_decay),
-        export_itemsize=4 if config.model.precision == "fp32" else 2,
+        exported_itemsize=exported_bytes_per_parameter(config.model.precision, config.train.ema_decay),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sft import inputs
 from sft.checkpoint import publish
-from sft.config import RunConfig
+from sft.config import RunConfig, defaults
 from sft.errors import UserError
 from tests import saved
 
@@ -51,7 +51,7 @@ def test_and_with_nothing_else(older, key, value):
 
 
 def test_every_option_of_a_run_s_identity_has_its_default():
-    found = inputs.defaults([*NEW, "data_key", "schedule.cycles", "model.attention_dropout"])
+    found = defaults(dict.fromkeys([*NEW, "data_key", "schedule.cycles", "model.attention_dropout"]))
     assert found == {
         "optim.name": "adamw", "optim.states": "fp32", "optim.layer_decay": 1.0, "optim.multipliers": [],
         "optim.l2_sp": 0.0, "train.ema_decay": None, "schedule.cycles": 1, "model.attention_dropout": None,

@@ -9,7 +9,7 @@ from torch import nn
 from sft import moments
 from sft.config import OptimSection
 from sft.errors import UserError
-from sft.optim import MOMENTS_DTYPE, build_optimizer, check_optimizer, parameter_groups
+from sft.optim import LARGEST_BETA_BF16, MOMENTS_DTYPE, build_optimizer, check_optimizer, parameter_groups
 from sft.retention import bytes_per_parameter
 
 
@@ -125,12 +125,31 @@ def test_bf16_states_are_held_in_bf16_and_moved_in_fp32():
     assert model.weight.item() == pytest.approx(-1 - 1.001, abs=1e-6)
 
 
+def second_moment(states: str, beta2: float) -> float:
+    """After a loss spike: of 500 gradients of 1, and then 3000 of 0.01."""
+    model = nn.Linear(1, 1, bias=False)
+    built = build_optimizer(model, OptimSection(states=states, betas=(0.9, beta2)), on_cpu_beside_gpu=False)
+    for gradient in [1.0] * 500 + [0.01] * 3000:
+        model.weight.grad = torch.full((1, 1), gradient)
+        built.step()
+    return float(built.state[model.weight]["exp_avg_sq"])
+
+
+def test_a_second_moment_in_bf16_falls_with_the_betas_that_are_taken():
+    assert second_moment("bf16", 0.95) == pytest.approx(1e-4, rel=0.1)
+    assert second_moment("bf16", LARGEST_BETA_BF16) == pytest.approx(1e-4, rel=0.5)
+    assert second_moment("bf16", 0.999) > 0.2, "control: it would have stood still"
+    assert second_moment("fp32", 0.999) == pytest.approx(0.0197, rel=0.1)
+
+
 ZERO3 = {"zero_optimization": {"stage": 3}}
 
 
 @pytest.mark.parametrize(
     ("optim", "zero", "elements", "said"),
     [
+        ({"states": "bf16", "betas": (0.9, 0.999)}, {"stage": 3}, 10, "betas [0.9, 0.999] change a moment by less"),
+        ({"name": "sgd", "states": "bf16", "betas": (0.995, 0)}, {"stage": 3}, 10, "use at most 0.99"),
         ({"name": "lion"}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, 10, "goes with adamw and fp32 alone"),
         ({"states": "bf16"}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, 10, "optim.states bf16"),
         ({"states": "8bit"}, {"stage": 2}, 2**31, "takes 2,147,483,647; use zero3"),

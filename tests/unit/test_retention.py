@@ -17,8 +17,10 @@ from sft.config import CheckpointSection, OptimSection
 from sft.errors import UserError
 from sft.retention import (
     GIB,
+    best_checkpoint,
     bytes_per_parameter,
     check_disk,
+    exported_bytes_per_parameter,
     kept,
     most_checkpoints,
     num_parameters,
@@ -161,6 +163,22 @@ def test_a_run_keeps_the_newest_the_best_and_every_fourth(tmp_path):
     saved.assert_holds(checkpoint.step_folder(tmp_path, 3), 3)
 
 
+def test_the_best_checkpoint_is_that_of_the_lowest_loss_on_the_disk(tmp_path):
+    for step, loss in enumerate([3.0, 2.0, 2.0, math.nan, None], start=1):
+        saved.save(tmp_path, step, loss)
+    assert best_checkpoint(tmp_path).name == "step-00000003"
+    (tmp_path / "step-00000003" / "COMPLETE").unlink()
+    assert best_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_without_any_loss_the_newest_is_the_best(tmp_path):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        best_checkpoint(tmp_path)
+    for step in (1, 2):
+        saved.save(tmp_path, step, None)
+    assert best_checkpoint(tmp_path).name == "step-00000002"
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_told_of(tmp_path, monkeypatch):
     first = saved.save(tmp_path, 1)
 
@@ -235,7 +253,7 @@ ELEMENTS = 10**6
 
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
-    """(check(export_itemsize=2), set_free(bytes), out) for a model of 10^6 parameters."""
+    """(check(exported_itemsize=2), set_free(bytes), out) for a model of 10^6 parameters."""
     model = write_model(tmp_path / "model", {"model.safetensors": {"a": [1000, 1000]}})
     out = tmp_path / "runs" / "new"
     free = SimpleNamespace(bytes=0, asked=None)
@@ -246,7 +264,9 @@ def disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     return SimpleNamespace(
-        check=lambda keep=KEEP: check_disk(out, model, keep, 1000, heldout=False, saved_itemsize=12, export_itemsize=2),
+        check=lambda keep=KEEP: check_disk(
+            out, model, keep, 1000, heldout=False, saved_itemsize=12, exported_itemsize=2
+        ),
         free=free,
         out=out,
     )
@@ -277,11 +297,17 @@ def test_the_refusal_names_the_numbers(disk, monkeypatch):
     with pytest.raises(UserError) as refused:
         disk.check()
     message = str(refused.value)
-    assert f"--out {disk.out}: 3 checkpoints of 12.0 GiB and the export need 38.0 GiB, but 20.0 GiB are free" in message
+    assert f"--out {disk.out}: 3 checkpoints of 12.0 GiB and exports of 2.0 GiB need 38.0 GiB" in message
+    assert "but 20.0 GiB are free" in message
     assert "keep_last (2)" in message
     assert "\n" not in message
     disk.free.bytes = 26_000_000
     disk.check(CheckpointSection(every=10, keep_last=1, keep_best=False))
+
+
+def test_a_moving_average_is_exported_too():
+    assert [exported_bytes_per_parameter(precision, None) for precision in ("auto", "bf16", "fp32")] == [2, 2, 4]
+    assert [exported_bytes_per_parameter(precision, 0.999) for precision in ("auto", "bf16", "fp32")] == [4, 4, 8]
 
 
 def put(folder, num_bytes):
@@ -297,6 +323,8 @@ def put(folder, num_bytes):
         ("checkpoints/step-00000020.deleted", True),
         ("export", True),
         ("export.partial", True),
+        ("export-ema", True),
+        ("export-ema.partial", True),
         ("checkpoints/step-00000010.damaged", False),
         ("export-step-00000010", False),
         ("wandb", False),

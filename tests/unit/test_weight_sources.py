@@ -242,6 +242,15 @@ def test_one_of_another_run(tmp_path, base_model, capsys):
     assert "identity in meta.json differs" in line
 
 
+def test_one_of_the_run_by_a_version_that_did_not_know_an_option(tmp_path, base_model, capsys):
+    run, _ = make_run(tmp_path, base_model, steps=(2,))
+    shapes = checkpoint.read_meta(run / "checkpoints" / "step-00000002")["shapes"]
+    save(run, 3, shapes, ["fp32"], IDENTITY | {"optim.name": "adamw", "train.ema_decay": None})
+    main([str(run), "--average", "2"])
+    save(run, 4, shapes, ["fp32"], IDENTITY | {"optim.name": "lion", "train.ema_decay": None})
+    assert "identity in meta.json differs" in refused(capsys, run, "--average", "2"), "control"
+
+
 def test_one_of_another_model(tmp_path, base_model, capsys):
     run, _ = make_run(tmp_path, base_model, steps=(4,))
     other = tiny.make_model(tmp_path / "other", num_hidden_layers=1)
