@@ -55,7 +55,7 @@ def look(run: Run, step: int) -> None:
     if replies is None:
         return
     lines = [describe(run, samples, number, ids, step) for number, ids in enumerate(replies)]
-    resume.on_first_rank(lambda: _write(path, [line for line in _read(path) if line["step"] < step] + lines))
+    resume.on_first_rank(lambda: put(path, step, lines))
     run.recorder.event(
         "samples",
         step,
@@ -66,6 +66,15 @@ def look(run: Run, step: int) -> None:
     )
     run.recorder.texts(step, "samples", ["prompt", "answer"], [[line["prompt"], line["answer"]] for line in lines])
     tell(run, lines[0])
+
+
+def put(path: Path, step: int, lines: Sequence[dict[str, Any]]) -> None:
+    """Lines of `step` in the place of those that are there of it.
+
+    Others stay: a start whose file of prompts has changed asks the base model anew, in the middle of the run.
+    """
+    others = [line for line in _read(path) if line["step"] != step]
+    _write(path, sorted([*others, *lines], key=lambda line: line["step"]))
 
 
 def forget_after(run: Run, step: int) -> None:

@@ -13,7 +13,7 @@ from data_prep.template import render_alpaca
 from sft.config import SamplesSection
 from sft.errors import UserError
 from sft.sample_prompts import MAX_PROMPTS, open_samples
-from sft.sampling import count_fitting, cut_line, forget_after
+from sft.sampling import count_fitting, cut_line, forget_after, put
 from sft.tokenizer import load_tokenizer
 from tests import tiny
 from tests.unit.test_prep_chat import CHATML, TEMPLATES, tokenizer_with_template
@@ -133,3 +133,16 @@ def test_answers_of_later_steps_and_torn_lines_are_dropped(tmp_path, monkeypatch
     forget_after(run, -1)
     assert tiny.read_jsonl(path) == []
     assert [file.name for file in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_other_prompts_at_a_later_start_leave_the_answers_of_other_steps(tmp_path):
+    def line(step, prompt):
+        return {"step": step, "prompt": prompt, "answer": "", "finished": True, "tokens": 0}
+
+    path, old = tmp_path / "samples.jsonl", [line(step, "old") for step in (0, 250, 500)]
+    put(path, 0, old[:1])
+    path.write_text("".join(json.dumps(one) + "\n" for one in old))
+    put(path, 0, [line(0, "new"), line(0, "newer")])
+    put(path, 500, [line(500, "new")])
+    found = [(one["step"], one["prompt"]) for one in tiny.read_jsonl(path)]
+    assert found == [(0, "new"), (0, "newer"), (250, "old"), (500, "new")]
