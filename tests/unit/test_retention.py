@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sft import checkpoint
-from sft.config import CheckpointSection, OptimSection
+from sft.config import CheckpointSection, OptimSection, RunConfig
 from sft.errors import UserError
+from sft.inputs import open_inputs
 from sft.retention import (
     GIB,
     best_checkpoint,
@@ -308,6 +309,33 @@ def test_the_refusal_names_the_numbers(disk, monkeypatch):
 def test_a_moving_average_is_exported_too():
     assert [exported_bytes_per_parameter(precision, None) for precision in ("auto", "bf16", "fp32")] == [2, 2, 4]
     assert [exported_bytes_per_parameter(precision, 0.999) for precision in ("auto", "bf16", "fp32")] == [4, 4, 8]
+
+
+@pytest.fixture
+def room_of(base_model, prepared, tmp_path, monkeypatch):
+    """need_gib of a run with these options, from open_inputs, with GiB that show a tiny model."""
+    asked = {}
+
+    def check(*args, **options):
+        asked.update(check_disk(*args, **options))
+
+    monkeypatch.setattr("sft.retention.GIB", 1)
+    monkeypatch.setattr("sft.inputs.check_disk", check)
+
+    def of(**options):
+        config = RunConfig(
+            model={"path": str(base_model)}, data={"train": str(prepared / "train")}, out=str(tmp_path / "run"),
+            train={"max_steps": 1, **options},
+        )  # fmt: skip
+        open_inputs(config, world_size=1)
+        return asked["need_gib"]
+
+    return of
+
+
+def test_a_moving_average_needs_room_in_the_checkpoint_and_as_an_export(room_of, base_model):
+    assert room_of() == 14 * num_parameters(base_model)
+    assert room_of(ema_decay=0.999) == (16 + 2 * 2) * num_parameters(base_model)
 
 
 def put(folder, num_bytes):
