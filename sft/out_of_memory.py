@@ -12,6 +12,7 @@ from sft.auto_batch import divisors, read_record
 from sft.config import RunConfig
 from sft.errors import UserError
 from sft.inputs import RunInputs
+from sft.sequence import divides_heads
 from sft.watchdog import Watchdog
 
 HOST_SIGN = "can't allocate memory"
@@ -85,7 +86,7 @@ def _smaller_forwards(config: RunConfig, inputs: RunInputs, micro_batch: int | N
     longer = []
     if config.model.mlp_tiles == 1:
         longer.append("model.mlp_tiles 4 instead of 1")
-    if config.batch.sequence_parallel == 1 and inputs.world_size % 2 == 0:
+    if config.batch.sequence_parallel == 1 and inputs.world_size % 2 == 0 and divides_heads(2, inputs.model_config):
         longer.append("batch.sequence_parallel 2 instead of 1")
     return [*changes, f"{' or '.join(longer)} (for long documents)"] if longer else changes
 

@@ -53,15 +53,26 @@ def data_ranks(world_size: int, size: int) -> int:
     return world_size // size
 
 
+def divides_heads(size: int, model_config: dict[str, Any]) -> bool:
+    """Whether each of `size` ranks gets equally many heads."""
+    heads, groups = _heads(model_config)
+    return not heads % size and not (groups % size and size % groups)
+
+
+def _heads(model_config: dict[str, Any]) -> tuple[int, int]:
+    """(of queries, of keys and values)."""
+    heads = model_config["num_attention_heads"]
+    return heads, model_config.get("num_key_value_heads") or heads
+
+
 def check_heads(size: int, model_config: dict[str, Any]) -> None:
     """Each rank must get equally many heads.
 
     Raises:
         UserError: it does not.
     """
-    heads = model_config["num_attention_heads"]
-    groups = model_config.get("num_key_value_heads") or heads
-    if heads % size or (groups % size and size % groups):
+    heads, groups = _heads(model_config)
+    if not divides_heads(size, model_config):
         raise UserError(
             f"batch.sequence_parallel {size} does not divide the model's heads ({heads} of queries, {groups} of keys "
             "and values); use a divisor of both"

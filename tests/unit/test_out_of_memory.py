@@ -18,14 +18,16 @@ CPU_MESSAGE = (
 )
 
 
-def asked(zero=None, world_size=8, **options):
+def asked(zero=None, world_size=8, heads=(32, 8), **options):
     """(config, inputs) of a run."""
     model = {"path": "m", "activation_checkpointing": "none"} | options.pop("model", {})
     batch = {"micro_batch": 8, "rows_per_step": 128} | options.pop("batch", {})
     config = RunConfig(model=model, data={"train": "d"}, batch=batch, out="o", **options)
     strategy = {"zero_optimization": zero or {"stage": 3}}
     data_ranks = world_size // config.batch.sequence_parallel
-    return config, SimpleNamespace(strategy=strategy, world_size=world_size, data_ranks=data_ranks)
+    model_config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    facts = {"world_size": world_size, "data_ranks": data_ranks, "model_config": model_config}
+    return config, SimpleNamespace(strategy=strategy, **facts)
 
 
 def test_the_cheapest_change_comes_first():
@@ -47,6 +49,13 @@ def test_what_is_in_force_is_left_out():
     all_taken = asked(offload, model={**full, "mlp_tiles": 4}, batch={"micro_batch": 1, "sequence_parallel": 2})
     assert remedies(*all_taken, 1) == ["more GPUs (now 8)"]
     assert remedies(*asked({"stage": 2}, deepspeed="zero2"), None)[-2].startswith("deepspeed zero3 instead of zero2")
+
+
+@pytest.mark.parametrize(("world_size", "heads"), [(8, (9, 3)), (3, (32, 8)), (8, (6, 3))])
+def test_packs_are_not_to_be_shared_where_that_would_be_refused(world_size, heads):
+    full = {"activation_checkpointing": "full"}
+    told = remedies(*asked(world_size=world_size, heads=heads, model=full, batch={"micro_batch": 1}), 1)
+    assert told[0] == "model.mlp_tiles 4 instead of 1 (for long documents)"
 
 
 def test_micro_batch_goes_to_a_divisor_of_what_a_rank_has():
