@@ -5,15 +5,23 @@ Rules that need more than one field are validators here, so that every problem s
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
     """A frozen group of options in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take true for 1: `patience: true` would stop a run after one measurement."""
+        if isinstance(value, bool) and _takes_numbers(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must be a number")
+        return value
 
 
 def split_commas(value: Any) -> Any:
@@ -28,7 +36,14 @@ def fraction_or_whole(value: float, unit: str) -> float:
     return value
 
 
+def _takes_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_takes_numbers(part) for part in get_args(annotation))
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
+Steps = Annotated[int, Field(gt=0, le=10**12)]
+"""More would be beyond the whole numbers of the arrays and files that steps are counted in."""
+ShardGb = Annotated[float, Field(gt=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -84,9 +99,9 @@ class EarlyStopSection(Section):
 
 
 class TrainSection(Section):
-    epochs: PositiveInt = 3
+    epochs: Annotated[int, Field(gt=0, le=1_000_000)] = 3
     """Passes over the packs; ignored where max_steps is set."""
-    max_steps: PositiveInt | None = None
+    max_steps: Steps | None = None
     """Optimizer steps of the whole run (the schedule spans them); null: from epochs."""
     stop_after: PositiveInt | None = None
     """Save and leave after this step; the schedule still spans the whole run. Run again to go on."""
@@ -134,7 +149,9 @@ class OptimSection(Section):
     (Dettmers et al. 2022; adamw and sgd; extra lowbit)."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-5
     """Peak learning rate; 1e-5 to 2e-5 is usual for full-parameter SFT of 7B-13B models."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], BeforeValidator(split_commas)
+    ] = (0.9, 0.95)
     """Decay of the first and second moment; 0.95 forgets a gradient spike sooner than the classic 0.999."""
     eps: Annotated[float, Field(gt=0)] = 1.0e-8
     """Added to the root of the second moment."""
@@ -291,6 +308,11 @@ class RunConfig(Section):
                 f"train.early_stop.patience {self.train.early_stop.patience} needs data.heldout: the shards whose loss "
                 "says when to stop"
             )
+        if self.train.early_stop.min_delta and self.train.early_stop.patience is None:
+            raise ValueError(
+                f"train.early_stop.min_delta {self.train.early_stop.min_delta} needs train.early_stop.patience: how "
+                "many measurements without a new lowest end the run"
+            )
         if self.eval.probe.max_drop is not None and self.eval.probe.data is None:
             raise ValueError(
                 f"eval.probe.max_drop {self.eval.probe.max_drop} needs eval.probe.data: where MMLU and HellaSwag are"
@@ -331,7 +353,7 @@ class ExportConfig(Section):
     """Folder to create; default: <run>/export, -ema or -average-N behind it, and -step-… before the run's end."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the exported weights; auto: the dtype the model was computed in."""
-    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    max_shard_gb: ShardGb = 5.0
     """Largest safetensors file in GB (10^9 bytes); also bounds the host memory in use."""
 
 

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from sft.config import Fraction, Section, split_commas
+from sft.config import Fraction, Section, ShardGb, split_commas
 from sft.errors import UserError, run_command
 from sft.interpolation import check_room, open_pair, write_merged
 from sft.settings import load
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, int | float) else split_commas(value)
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else split_commas(value)
 
 
 class MergeConfig(Section):
@@ -30,7 +30,7 @@ class MergeConfig(Section):
     """Folder to create: the merged model, or with several alphas <out>/alpha-0.2 and so on."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the merged weights; auto: the tuned model's. Always computed in fp32."""
-    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    max_shard_gb: ShardGb = 5.0
     """Largest safetensors file in GB (10^9 bytes)."""
 
     @field_validator("alpha")

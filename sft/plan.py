@@ -17,6 +17,7 @@ from sft.optim import parameter_groups
 from sft.png import save_png
 from sft.pretrained import empty_model
 from sft.retention import GIB, bytes_per_parameter, most_checkpoints
+from sft.run_folder import run_folder
 from sft.schedule import lr_at, warmup_steps
 from sft.schedule_plot import Marks, curve, draw, first_step, share_of
 from sft.settings import load
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
         print(HELP)
     config = load(PlanConfig, flags, prog="sft plan")
     inputs = open_inputs(config, config.ranks or _visible_gpus())
+    run_folder(config)
     groups = groups_of(config)
     marks = marks_of(config, inputs)
     for line in describe(config, inputs, groups, marks):

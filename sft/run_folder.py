@@ -22,11 +22,14 @@ def run_folder(config: RunConfig) -> Path:
     """The run's folder; one that holds anything else than a run is refused.
 
     Raises:
-        UserError: the folder exists, is not empty, and has no config.yaml of a run.
+        UserError: the folder exists, is not empty, and has no config.yaml of a run; or it cannot be written to.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; choose a folder")
+    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {out}: {above} is no folder that can be written to; choose another --out")
     is_run = (out / "config.yaml").is_file()
     if (
         out.is_dir()

@@ -94,7 +94,7 @@ def draw(schedule: ScheduleSection, peak_lr: float, curves: Sequence[Curve], mar
     axes, rows = figure.subplots(2, 1, sharex=True, height_ratios=[4, 0.3 * len(marks)])
     axes.spines[["top", "right"]].set_visible(False)
     _draw_curves(axes, curves, total_steps)
-    if warmup := warmup_steps(schedule, total_steps):
+    if 0 < (warmup := warmup_steps(schedule, total_steps)) <= total_steps:
         axes.axvline(warmup, color=GREY, linewidth=0.9, linestyle=":")
         axes.annotate(
             f" warm-up ends: step {warmup:,}",

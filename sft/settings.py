@@ -19,6 +19,7 @@ from sft.errors import UserError
 Config = TypeVar("Config", bound=BaseModel)
 YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
 """What PyYAML raises: its own errors, those of values it converts (a date of month 13), and on very deep nesting."""
+YES_OR_NO = ("true", "false", "yes", "no", "on", "off", "y", "n", "t", "f", "1", "0")
 SECRET_ENV = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -56,7 +57,8 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, positional: str
     """
     parser = _build_parser(model, prog, positional)
     known = [name for name, _ in walk_options(model)]
-    flags, unknown = parser.parse_known_args([_with_underscores(argument, known) for argument in argv])
+    words = [_with_underscores(argument, known) for argument in argv]
+    flags, unknown = parser.parse_known_args(words if positional is None else _with_yes(words, model))
     if flags.print_schema:
         print(json.dumps(model.model_json_schema(), indent=2))
         raise SystemExit(0)
@@ -131,6 +133,15 @@ def _with_underscores(argument: str, known: Sequence[str]) -> str:
     flag, equals, value = argument.partition("=")
     name = flag[2:].replace("-", "_")
     return f"--{name}{equals}{value}" if flag.startswith("--") and name in known else argument
+
+
+def _with_yes(words: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """A yes-or-no flag in front of the positional argument means yes: that is not its value."""
+    yes_or_no = {f"--{name}" for name, field in walk_options(model) if field.annotation is bool}
+    return [
+        f"{word}=true" if word in yes_or_no and after.lower() not in YES_OR_NO else word
+        for word, after in zip(words, [*words, ""][1:], strict=True)
+    ]
 
 
 def _show(value: Any) -> str:

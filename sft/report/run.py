@@ -47,6 +47,8 @@ def write(out: Path, page: str) -> None:
     Raises:
         UserError: it cannot be written there.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name an .html file in it")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.write_text(page, encoding="utf-8", errors="replace")

@@ -111,6 +111,7 @@ def test_where_the_picture_goes(argv, expected):
     [
         (["--plot-schedule", "a.jpg"], "--plot-schedule a.jpg: must be the name of a .png file"),
         (["--plot-schedule", "no/such/a.png"], "--plot-schedule no/such/a.png: cannot be written"),
+        (["--out", "."], "--out .: exists and is no run folder"),
         (["--ranks", "0"], "--ranks: got 0, must be greater than 0"),
         (["--ranks", "3"], "batch.rows_per_step 8 is no multiple of 3 ranks"),
         (["--rank", "3"], "unknown flag --rank; did you mean --ranks?"),

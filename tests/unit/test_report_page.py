@@ -179,7 +179,9 @@ def test_command_writes_the_page(run: Path, tmp_path: Path, capsys: pytest.Captu
         (["{tmp}"], "is no run folder (no config.yaml, no metrics.jsonl)"),
         (["{run}", "--out", "{run}/config.yaml/report.html"], "cannot be written (Not a directory); choose another"),
         (["{run}", "--out", "{tmp}/none/report.html"], "cannot be written (No such file or directory)"),
-        (["{run}", "--out", "{tmp}"], "cannot be written (Is a directory)"),
+        (["{run}", "--out", "{tmp}"], "is a folder; name an .html file in it"),
+        (["{run}", "--out", ""], "--out .: is a folder"),
+        (["{run}", "--out", "/"], "--out /: is a folder"),
         ([], "--run is missing"),
     ],
 )

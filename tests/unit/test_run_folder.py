@@ -39,6 +39,17 @@ def test_a_folder_with_nothing_but_a_lock_is_new(tmp_path):
         run_folder.run_folder(config(tmp_path))
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"--out .*file/run: {tmp_path}/file is no folder that can be written to"):
+        run_folder.run_folder(config(tmp_path / "file" / "run"))
+    new = tmp_path / "a" / "b"
+    assert run_folder.run_folder(config(new)) == new
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    with pytest.raises(UserError, match=f"--out .*a/b: {tmp_path} is no folder that can be written to"):
+        run_folder.run_folder(config(new))
+
+
 def test_options_are_written_whole(tmp_path):
     write_config(config(tmp_path), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -86,3 +86,12 @@ def test_the_picture_has_every_curve_and_row(tmp_path, total):
     save_png(figure, tmp_path / "schedule.png")
     assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["schedule.png"]
+
+
+@pytest.mark.parametrize("warmup", [4, 100_000])
+def test_a_warm_up_longer_than_the_run_is_drawn_without_its_end(tmp_path, warmup):
+    settings = schedule().model_copy(update={"warmup": float(warmup)})
+    figure = draw(settings, 2e-5, [curve(settings, 6, 2e-5, ())], [Marks("checkpoint", (500,), 6)])
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["warm-up ends: step 4"] * (warmup < 6)
+    save_png(figure, tmp_path / "a.png")  # matplotlib cannot render a text that lies so far outside
+    assert (tmp_path / "a.png").stat().st_size > 0

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sft.config import RunConfig
+from sft.config import ExportConfig, RunConfig
 from sft.errors import UserError
 from sft.eval.options import DriftConfig, EvalConfig
 from sft.prep_options import PrepConfig, ShowConfig
@@ -122,6 +122,18 @@ def test_positional_argument():
     assert message("a", "b", model=ShowConfig, positional="shards") == "unexpected argument 'b'"
 
 
+def test_a_yes_or_no_flag_does_not_swallow_the_positional_argument():
+    def export(*argv: str) -> tuple[str, bool]:
+        config = load(ExportConfig, argv, prog="sft export", positional="run")
+        return config.run, config.ema
+
+    assert (
+        export("--ema", "runs/a") == export("runs/a", "--ema") == export("--ema", "true", "runs/a") == ("runs/a", True)
+    )
+    assert export("--ema", "--run", "runs/a") == export("--ema", "yes", "--run", "runs/a") == ("runs/a", True)
+    assert export("--ema", "false", "runs/a") == export("--ema=false", "runs/a") == ("runs/a", False)
+
+
 # Mistakes
 
 
@@ -193,6 +205,7 @@ def test_rules_across_fields():
     assert message(*REQUIRED, "--batch.rows_per_step", "7", "--batch.micro_batch", "2") == (
         "batch.rows_per_step 7 must be a multiple of batch.micro_batch 2"
     )
+    assert "needs train.early_stop.patience" in message(*REQUIRED, "--train.early_stop.min_delta", "0.1")
     assert "needs schedule.name cosine_restarts" in message(*REQUIRED, "--schedule.cycles", "2")
     restarts = run(*REQUIRED, "--schedule.cycles", "2", "--schedule.name", "cosine_restarts")
     assert restarts.schedule.cycles == 2
@@ -347,3 +360,20 @@ def test_flags_take_hyphens_and_yes_or_no_flags_no_value(tmp_path):
     assert load(PrepConfig, [*argv, "--filters.garbled=false"], prog="sft prep").filters.garbled is False
     with pytest.raises(UserError, match="unknown flag --seqq-len"):
         load(PrepConfig, [*argv, "--seqq-len", "1"], prog="sft prep")
+
+
+@pytest.mark.parametrize(
+    "section", ["train: {early_stop: {patience: true}}", "optim: {layer_decay: true}", "batch: {micro_batch: true}"]
+)
+def test_yes_is_no_number(write_yaml, section):
+    told = message("--config", write_yaml(section), *REQUIRED)
+    assert told.endswith("got True, must be a number")
+
+
+def test_two_numbers_by_comma():
+    assert run(*REQUIRED, "--optim.betas", "0.9,0.99").optim.betas == (0.9, 0.99)
+    assert run(*REQUIRED, "--optim.betas", "[0.9, 0.99]").optim.betas == (0.9, 0.99)
+
+
+def test_steps_beyond_what_can_be_counted_are_refused():
+    assert "must be less than or equal to" in message(*REQUIRED, "--train.max_steps", str(10**26))
