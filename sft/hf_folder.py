@@ -100,6 +100,22 @@ def prove_export(base: Path, identity: dict[str, Any]) -> None:
         _load_small_files(Path(folder))
 
 
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Rename an export of another step than `step`, which a run has gone on from; returns its new place, if it was one.
+
+    What does not say of which step it is, or whose new name is taken, stays.
+    """
+    try:
+        (made_of,) = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["checkpoints"]
+        aside = folder.with_name(f"{folder.name}-step-{made_of['step']:08d}")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if made_of["step"] == step or aside.exists():
+        return None
+    os.replace(folder, aside)
+    return aside
+
+
 def verify_export(checkpoint: Path, folder: Path, *, ema: bool = False) -> None:
     """Compare a folder that was exported earlier with the checkpoint it should be of, in the folder's own dtype.
 

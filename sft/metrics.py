@@ -186,8 +186,9 @@ class Recorder:
             if "loss_by_source" in line and isinstance(line.get("step"), int)
         ]
 
-    def heldout_history(self) -> list[tuple[int, float | None]]:
-        """(step, held-out loss) of the steps in metrics.jsonl at which it was measured; empty on other ranks than 0."""
+    def heldout_history(self) -> list[tuple[int, float]]:
+        """(step, held-out loss) of the steps in metrics.jsonl at which it was due, NaN for null; empty on other ranks
+        than 0."""
         lines = _read(self._out / "metrics.jsonl") if self._is_writer else []
         return [
             (line["step"], _number(line["heldout_loss"]))
@@ -216,6 +217,14 @@ class Recorder:
             self._terminal.show(values, min(self._heldout.values(), default=None))
         self.track(step, values)
 
+    def amend(self, step: int, values: dict[str, Any]) -> None:
+        """Put into the line of `step` what was measured after it had been written."""
+        path = self._out / "metrics.jsonl"
+        if self._is_writer:
+            lines = [line | values if line.get("step") == step else line for line in _read(path)]
+            _rewrite(path, [json.dumps(_finite(line), allow_nan=False) for line in lines])
+        self.track(step, values)
+
     def track(self, step: int, values: dict[str, Any]) -> None:
         """Numbers for the trackers alone: those of the base model, which belong to no line of metrics.jsonl."""
         if self._trackers:
@@ -233,9 +242,7 @@ class Recorder:
         if self._is_writer and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             lines = [line for line in text.splitlines() if _step_of(line) <= step]
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(line + "\n" for line in lines))
-            os.replace(temporary, path)
+            _rewrite(path, lines)
         kept = _read(path) if self._is_writer else []
         losses = {line["step"]: _number(line.get("heldout_loss")) for line in kept}
         self._heldout = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
@@ -267,6 +274,13 @@ def _append(path: Path, value: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line
         file.write(line.encode())
+
+
+def _rewrite(path: Path, lines: Sequence[str]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, path)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The course of a training run: start-up, the loop, saving, going back, the end."""
 
+import math
 import os
 import time
 from contextlib import suppress
@@ -103,7 +104,9 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
     sampling.look(run, step)
     guard = Guard(config.guard, inputs.steps_per_epoch, resume.on_first_rank(recorder.history))
     passed_over = rollback.passed_over(run.out, run.identity)
-    measured, stalled = measured_before(recorder), None
+    measure_late(run, step)
+    measured: list[tuple[int, float | None]] = [*measured_before(recorder)]
+    stalled = early_stop.stalled(measured, config.eval.every, config.train.early_stop)
     while step < inputs.last_step and run.stop.reason is None and drift.over_budget is None and stalled is None:
         metrics = train_step(run, step, passed_over.get(step + 1))
         if metrics is None:
@@ -119,7 +122,7 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
         spike = judge(run, guard, metrics)
         if spike is not None and (earlier := undo(run, spike)) is not None:
             step, drift, stalled = earlier, probe.NOT_DUE, None
-            measured = measured_before(recorder)
+            measured = [*measured_before(recorder)]
             guard.forget_after(step)
             passed_over = rollback.passed_over(run.out, run.identity)
         elif saving or stalled is not None:
@@ -130,10 +133,29 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
     return stalled
 
 
-def measured_before(recorder: Recorder) -> list[tuple[int, float | None]]:
-    """(step, held-out loss) of what this run has measured up to the recorder's step. Collective."""
+def measured_before(recorder: Recorder) -> list[tuple[int, float]]:
+    """(step, held-out loss) of what this run has measured up to the recorder's step. Collective.
+
+    NaN where it was not finite, or measuring was cut short.
+    """
     history = resume.on_first_rank(recorder.heldout_history)
     return [(step, loss) for step, loss in history if step <= recorder.step]
+
+
+def measure_late(run: Run, step: int) -> None:
+    """Measure the held-out loss after `step` where a request to stop has cut that short. Collective.
+
+    Without it, that the run was interrupted would show in when it stops early, and in which checkpoint is its best.
+    """
+    measured = measured_before(run.recorder)[-1:]
+    if run.inputs.heldout is None or not measured or measured[0][0] != step or math.isfinite(measured[0][1]):
+        return
+    loss = heldout_loss(run, step)
+    if loss is None:
+        return
+    resume.on_first_rank(lambda: run.recorder.amend(step, {"heldout_loss": loss}))
+    if step % run.config.checkpoint.every == 0:
+        run.saver.begin(step, loss)  # what was saved does not hold it
 
 
 def start_up(

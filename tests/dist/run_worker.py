@@ -270,6 +270,18 @@ def signal_at_sweep(step: int) -> None:
     lr_finder.train_step = patched
 
 
+def stop_in_heldout(call: int) -> None:
+    """SIGTERM to the last rank at the beginning of the given measurement of the held-out loss."""
+    original, calls = sft.training.heldout_loss, iter(range(1, 1000))
+
+    def patched(run: Any, step: int) -> Any:
+        if next(calls) == call and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, step)
+
+    sft.training.heldout_loss = patched
+
+
 KILL_PLACES = {
     "load": (resume, "load"),
     "delete": (checkpoint, "delete"),
@@ -287,6 +299,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "average_over_packs": average_over_packs,
     "stop_in_samples": stop_in_samples,
     "leak_samples": leak_samples,
+    "stop_in_heldout": stop_in_heldout,
     "sweep_before": sweep_before,
     "skip_restore": skip_restore,
     "sweep_steps": sweep_steps,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from data_prep.shards import open_shards
 from sft.batch import split_documents
+from sft.checkpoint import read_meta, step_folder
 from sft.config import ScheduleSection
 from sft.order import FILLER, step_rows
 from sft.schedule import lr_at
@@ -60,11 +61,14 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
         run("dropout_one_rank", DROPOUT, ranks=1),
         run("stopping", STOPPING),
         run("stopping_part", {**STOPPING, "train.stop_after": 2}, out="stopping_parts"),
+        run("stopping_cut", STOPPING, out="stopping_cuts", patches={"stop_in_heldout": 2}),
     ]
     third = [
         run("dropout_rest", DROPOUT, out="dropout_parts"),
         run("stopping_again", STOPPING, out="stopping"),
         run("stopping_rest", STOPPING, out="stopping_parts"),
+        run("stopping_measured", {**STOPPING, "train.stop_after": 2}, out="stopping_cuts"),
+        run("stopping_on", {**STOPPING, "train.early_stop.patience": 30}, copy_of="stopping"),
     ]
     return Runs(tmp_path_factory.mktemp("recipe"), [first, second, third])
 
@@ -211,3 +215,28 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(runs, ended):
         runs.events("stopping_parts", "early_stop")[0]["best_step"]
         == (runs.events("stopping", "early_stop")[0]["best_step"])
     )
+
+
+def test_a_measurement_that_was_cut_short_is_made_up_for(runs, ended):
+    """Else early stopping, and the choice of the best checkpoint, would show that the run was interrupted."""
+    runs.ended_with("stopping_cut", 75)
+    whole = metrics(ended("stopping"))[:2]
+    parts = ended("stopping_measured", "stopping_cuts")
+    assert [line["heldout_loss"] for line in metrics(parts)] == [line["heldout_loss"] for line in whole]
+    assert len(runs.events("stopping_cuts", "evaluate")) == 2, "control: the first process had measured once"
+    assert read_meta(step_folder(parts / "checkpoints", 2))["heldout_loss"] == whole[1]["heldout_loss"]
+
+
+def test_with_more_patience_a_stopped_run_goes_on_and_exports_what_is_best_then(runs, ended):
+    stopped, went_on = ended("stopping"), ended("stopping_on")
+    held = {line["step"]: line["heldout_loss"] for line in metrics(went_on)}
+    assert len(held) == 30
+    best = min(held, key=held.__getitem__)
+    assert best < 30, "control: the last is not the best"
+    assert runs.events("stopping_on", "export")[-1]["step"] == best
+    exported, saved = weights(went_on), runs.saved("stopping_on", best)
+    assert all(torch.equal(exported[name].flatten(), saved[f"{name}|fp32"]) for name in exported)
+    earlier = runs.events("stopping", "export")[0]["step"]
+    assert best != earlier, "control: another step is the best now"
+    aside = AutoModelForCausalLM.from_pretrained(went_on / f"export-step-{earlier:08d}").state_dict()
+    assert all(torch.equal(aside[name], weight) for name, weight in weights(stopped).items())

@@ -1,11 +1,15 @@
 """When a run stops early, from held-out losses by hand. Run: pytest tests/unit/test_early_stop.py"""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from sft.config import EarlyStopSection
-from sft.early_stop import stalled
+from sft.checkpoint import step_of
+from sft.config import EarlyStopSection, RunConfig
+from sft.early_stop import Stalled, stalled
+from sft.train import choose_checkpoint
+from tests import saved
 
 
 def verdict(losses, every=10, **rule):
@@ -54,3 +58,33 @@ def test_measurements_beside_the_beat_do_not_count():
     """Saving measures, too: how often a run is saved must not show."""
     assert stalled([(10, 2.0), (15, 2.1), (20, 2.1)], 10, EarlyStopSection(patience=2)) is None
     assert stalled([(10, 2.0), (15, 2.1), (20, 2.1)], 5, EarlyStopSection(patience=2)).step == 20
+
+
+@pytest.fixture
+def choose(tmp_path):
+    """The step that is exported of a run whose checkpoints have these held-out losses."""
+
+    def of(losses, patience=3, stalled=None):
+        for step, loss in losses.items():
+            saved.save(tmp_path / "checkpoints", step, loss)
+        config = RunConfig(
+            model={"path": "m"}, data={"train": "d", "heldout": "h"}, out=str(tmp_path),
+            train={"early_stop": {"patience": patience}},
+        )  # fmt: skip
+        return step_of(choose_checkpoint(config, SimpleNamespace(out=tmp_path, step=max(losses), stalled=stalled)))
+
+    return of
+
+
+def test_the_best_checkpoint_is_exported_where_a_run_may_stop_early(choose, capsys):
+    assert choose({2: 1.5, 4: 1.2, 6: 1.3}, stalled=Stalled(6, 4, 1.2, 1)) == 4
+    assert choose({2: 1.5, 4: 1.2, 6: 1.3}) == 4, "it came to its last step"
+    assert choose({2: 1.5, 4: 1.2, 6: 1.3}, patience=None) == 6, "control: it may not"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_best_checkpoint_that_is_gone_is_told(choose, capsys):
+    assert choose({4: 1.3, 6: 1.35}, stalled=Stalled(6, 2, 1.2, 2)) == 4
+    said = capsys.readouterr().out
+    assert said.startswith("WARNING: ")
+    assert "no checkpoint of step 2; the best there is, of step 4, is exported" in said

@@ -242,6 +242,19 @@ def test_the_held_out_loss_is_told_beside_the_lowest_before_it(tmp_path, capsys)
     assert told() == ["2.2000 (lowest: 2.0000 at step 2)", "2.1000 (lowest: 2.0000 at step 2)"]
 
 
+def test_what_is_measured_late_comes_into_its_step_s_line(tmp_path):
+    with recorder(tmp_path) as record:
+        for step in (1, 2):
+            record.metrics({**line(step), "heldout_loss": None})
+        record.amend(2, {"heldout_loss": 2.5})
+        assert record.heldout_history()[1:] == [(2, 2.5)]
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(at["step"], at["heldout_loss"], at["loss"]) for at in lines] == [
+        (1, None, line(1)["loss"]), (2, 2.5, line(2)["loss"]),
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_lines_tell_the_time_left(tmp_path):
     with recorder(tmp_path) as record:
         for step in (1, 2, 3):
