@@ -1,7 +1,7 @@
-"""Checkpoints of our own: each rank's slices of fp32 weights and Adam moments, in safetensors and JSON.
+"""Checkpoints of our own: each rank's slices of fp32 weights and moments, in safetensors and JSON.
 
     <run out>/checkpoints/step-00000500/
-        rank-00000-of-00002.safetensors   "<parameter>|fp32", "|exp_avg", "|exp_avg_sq": 1-D slices of this rank;
+        rank-00000-of-00002.safetensors   "<parameter>|fp32", and by sft.moments "|exp_avg" …: 1-D slices of this rank;
                                           "|ema" where an average is kept; "|constant": of frozen parameters and
                                           buffers; the header's `slices`: where each begins in the flattened parameter
         meta.json                         step, shapes, identities to compare on resume; size and digest of every file
