@@ -147,11 +147,11 @@ def resolve(run: Run, leave_if_asked: Callable[[], None]) -> Run:
         record = {"micro_batch": found, "trials": told, "holds_for": holds_for}
         on_first_rank(lambda: write_record(run.out, record))
         seconds = round(time.perf_counter() - began_s, 1)
-        run.recorder.event("micro_batch", run.recorder.step, micro_batch=found, trials=told, trial_time_s=seconds)
+        tell(run, micro_batch=found, trials=told, trial_time_s=seconds)
         run.recorder.say(describe(trials, sizes))
     else:
         found = known
-        run.recorder.event("micro_batch", run.recorder.step, micro_batch=found, trials=[])
+        tell(run, micro_batch=found, trials=[])
         run.recorder.say(f"micro-batch {found}: found when this run was started here before ({run.out / FILE})")
     accumulation = run.config.batch.rows_per_step // (run.inputs.data_ranks * found)
     return replace(run, inputs=replace(run.inputs, micro_batch=found, accumulation=accumulation))
@@ -249,6 +249,12 @@ def check_smallest(trials: Sequence[Trial]) -> None:
         raise torch.OutOfMemoryError(
             f"one pack takes {_gib(one.highest[rank])} GiB, rank {rank} has {_gib(one.capacity[rank])} GiB"
         )
+
+
+def tell(run: Run, **facts: Any) -> None:
+    """The event; none of a sweep of the learning-rate finder, which is no part of a run."""
+    if not run.config.lr_finder:
+        run.recorder.event("micro_batch", run.recorder.step, **facts)
 
 
 def describe(trials: Sequence[Trial], sizes: Sequence[int]) -> str:

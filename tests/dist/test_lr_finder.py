@@ -38,7 +38,13 @@ def runs(tmp_path_factory, base_model, prepared, strategy):
         run("trained_after_a_sweep", sweep_before=True, sweep_steps=5),
         run("trained_on_its_weights", sweep_before=True, sweep_steps=5, skip_restore=True),
         run("not_finite", find, sweep_steps=SWEEP, poison=["gradient", [0]]),
-        run("asked", find, sweep_steps=SWEEP, signal_at_sweep=2),
+        run(
+            "asked",
+            find | {"batch.micro_batch": "auto", "batch.rows_per_step": 4},
+            sweep_steps=SWEEP,
+            signal_at_sweep=2,
+            invent_memory=[[1, 1, 80]] * 2,
+        ),
     ]
     third = [run("after") | {"out": "found"}, run("begun", find) | {"out": "plain"}]
     return Runs(tmp_path_factory.mktemp("finder"), [first, second, third])
@@ -130,6 +136,8 @@ def test_a_sweep_that_is_asked_to_stop_leaves_without_a_result(runs):
     runs.ended_with("asked", 75)
     assert "the sweep is not over and nothing is written" in runs.said("asked")
     assert not (runs.folder / "asked" / "lr-finder.json").exists()
+    assert (runs.folder / "asked" / "micro_batch.json").exists()
+    assert kinds(runs, "asked") == ["preempt"], "a micro-batch that was tried would look like a run without an end"
 
 
 def test_a_folder_with_a_run_is_refused_in_one_line(runs):
