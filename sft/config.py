@@ -19,7 +19,8 @@ class Section(BaseModel):
     @classmethod
     def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take true for 1: `patience: true` would stop a run after one measurement."""
-        if isinstance(value, bool) and _takes_numbers(cls.model_fields[info.field_name or ""].annotation):
+        holds_yes = any(isinstance(one, bool) for one in (value if isinstance(value, list) else [value]))
+        if holds_yes and _takes_numbers(cls.model_fields[info.field_name or ""].annotation):
             raise ValueError("must be a number")
         return value
 

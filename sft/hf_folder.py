@@ -160,6 +160,8 @@ def _verify(source: Source, folder: Path, dtype: torch.dtype) -> None:
     if differing := sorted(loaded.keys() ^ shapes.keys()):
         raise UserError(f"export {folder}: parameters are not those of {source.name}, first {differing[0]}")
     for name, tensor in _tensors(source, list(shapes), dtype):
+        if tensor.isnan().any():
+            raise UserError(f"export {folder}: {name} of {source.name} holds NaN: this is no model; remove the folder")
         if loaded[name].dtype != tensor.dtype or not torch.equal(loaded[name].detach(), tensor):
             raise UserError(f"export {folder}: {name} loads back different from {source.name}; remove the folder")
 
@@ -171,7 +173,10 @@ def _write_weights(source: Source, out: Path, dtype: torch.dtype, max_bytes: int
         track(plan, f"writing {out.name.removesuffix(PARTIAL)}", visible=len(plan) > 1), start=1
     ):
         file = f"model-{index:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else "model.safetensors"
-        save_file(dict(_tensors(source, names, dtype)), out / file, metadata={"format": "pt"})
+        try:
+            save_file(dict(_tensors(source, names, dtype)), out / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # not an OSError, whatever the disk said
+            raise UserError(f"export {out / file}: {error}; free disk space, or choose another --out") from error
         weight_map.update(dict.fromkeys(names, file))
     if len(plan) > 1:
         total = sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize

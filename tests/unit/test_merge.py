@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -200,6 +200,31 @@ def test_control_a_changed_tensor_is_not_published(world, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"loads back different from 0\.3 x .*base \+ 0\.7 x .*tuned"):
         merge(world / "base", world / "tuned", 0.7, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line(world, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hf_folder, "save_file", full)
+    with pytest.raises(UserError, match=r"out.partial/model.safetensors: .*No space left on device.*free disk space"):
+        merge(world / "base", world / "tuned", 0.7, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_no_numbers_are_told_as_such(world, tmp_path, copies):
+    tensors = weights(copies[1])
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, copies[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight of .* holds NaN"):
+        merge(world / "base", copies[1], 0.7, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alpha", ["true", "[true]"])
+def test_yes_is_no_alpha(world, tmp_path, alpha):
+    with pytest.raises(UserError, match="--alpha"):
+        merge(world / "base", world / "tuned", alpha, tmp_path / "out")
 
 
 def test_one_file_is_held_at_a_time(world, tmp_path, monkeypatch):
