@@ -137,7 +137,7 @@ def resolve(run: Run, leave_if_asked: Callable[[], None]) -> Run:
         return run
     holds_for = circumstances(run)
     known = on_first_rank(lambda: read_record(run.out, holds_for))
-    if known is None:
+    if known not in sizes:  # none, or edited
         # of other circumstances: advice to a rank that runs out of memory in a trial would build on it
         on_first_rank(lambda: (run.out / FILE).unlink(missing_ok=True))
         began_s = time.perf_counter()

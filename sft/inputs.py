@@ -81,6 +81,7 @@ def open_inputs(config: RunConfig, world_size: int) -> RunInputs:
         heldout = open_model_shards("data.heldout", config.data.heldout, tokenizer, model_config, config.model.path)
     epoch = steps_per_epoch(len(train), config.batch.rows_per_step)
     total = config.train.max_steps or config.train.epochs * epoch
+    lr_groups.check_starts(config.optim, total)
     check_disk(
         Path(config.out),
         Path(config.model.path),

@@ -65,6 +65,20 @@ def check_names(optim: OptimSection, model: str) -> None:
         _check_match(entry, names, model)
 
 
+def check_starts(optim: OptimSection, total_steps: int) -> None:
+    """Refuse what would never be trained.
+
+    Raises:
+        UserError: parameters are to begin after the run's last step.
+    """
+    for entry in optim.multipliers:
+        if as_steps(entry.start, total_steps) >= total_steps:
+            raise UserError(
+                f"optim.multipliers: match '{entry.match}' starts after step {as_steps(entry.start, total_steps)}, and "
+                f"the run has {total_steps}; lower start (below 1: a fraction of all steps), or set factor: 0"
+            )
+
+
 def _check_match(entry: LrMultiplier, names: Sequence[str], model: str) -> None:
     if not any(re.search(entry.match, name) for name in names):
         raise UserError(

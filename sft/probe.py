@@ -98,14 +98,14 @@ def measure_base(run: Run, newest: Path | None) -> np.ndarray | None:
     return scores
 
 
-def look(run: Run, base: np.ndarray | None, step: int) -> Look:
-    """Probe after optimizer step `step`, where one is due. Collective.
+def look(run: Run, base: np.ndarray | None, step: int, *, is_last: bool = False) -> Look:
+    """Probe after optimizer step `step`, where one is due; as it is after the last. Collective.
 
     Raises:
         GuardStop: scores are not finite.
     """
     probe, settings = run.inputs.probe, run.config.eval.probe
-    is_due = step > 0 and (step % settings.every == 0 or step == run.inputs.total_steps)
+    is_due = step > 0 and (step % settings.every == 0 or is_last)
     if probe is None or base is None or not is_due:
         return NOT_DUE
     started_s = time.perf_counter()

@@ -42,10 +42,10 @@ def begin(run: Run, newest: Path | None) -> None:
     look(run, 0)
 
 
-def look(run: Run, step: int) -> None:
-    """Ask after optimizer step `step`, where it is due and not yet done. Collective."""
+def look(run: Run, step: int, *, is_last: bool = False) -> None:
+    """Ask after optimizer step `step`, where it is due and not yet done; it is due after the last. Collective."""
     samples, settings = run.inputs.samples, run.config.eval.samples
-    if samples is None or not (step % settings.every == 0 or step == run.inputs.total_steps):
+    if samples is None or not (step % settings.every == 0 or is_last):
         return
     path = run.out / FILE
     if resume.on_first_rank(lambda: [line["prompt"] for line in _read(path) if line["step"] == step] == samples.shown):

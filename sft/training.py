@@ -117,18 +117,19 @@ def train(run: Run, newest: Path | None) -> Stalled | None:
             metrics["heldout_loss"] = heldout_loss(run, step)
             measured.append((step, metrics["heldout_loss"]))
             stalled = early_stop.stalled(measured, config.eval.every, config.train.early_stop)
-        drift = probe.look(run, base, step)
+        is_last = step == inputs.total_steps or stalled is not None
+        drift = probe.look(run, base, step, is_last=is_last)
         recorder.metrics(metrics | drift.metrics)
         spike = judge(run, guard, metrics)
         if spike is not None and (earlier := undo(run, spike)) is not None:
-            step, drift, stalled = earlier, probe.NOT_DUE, None
+            step, drift, stalled, is_last = earlier, probe.NOT_DUE, None, False
             measured = [*measured_before(recorder)]
             guard.forget_after(step)
             passed_over = rollback.passed_over(run.out, run.identity)
         elif saving or stalled is not None:
             run.watch.mark("saving", step, SLOW_LIMIT_S)
             run.saver.begin(step, metrics.get("heldout_loss"))
-        sampling.look(run, step)
+        sampling.look(run, step, is_last=is_last)
     leave(run, step, drift.over_budget, stalled)
     return stalled
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from sft.config import LrMultiplier, OptimSection
 from sft.errors import UserError
-from sft.lr_groups import check_names, count_layers, factor_at, factors_of
+from sft.lr_groups import check_names, check_starts, count_layers, factor_at, factors_of
 from sft.optim import parameter_groups, set_rates
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -69,6 +69,16 @@ def test_an_expression_that_matches_nothing_is_refused(base_model):
     )
     with pytest.raises(UserError, match=r"match 'lmhead' is found in no parameter .* names look like model\.layers"):
         check_names(OptimSection(multipliers=[LrMultiplier(match="lmhead")]), str(base_model))
+
+
+@pytest.mark.parametrize(("start", "refused"), [(0.9, False), (9, False), (10, True), (500, True)])
+def test_a_start_behind_the_end_is_refused(start, refused):
+    optim = OptimSection(multipliers=[LrMultiplier(match="embed", start=start)])
+    if not refused:
+        check_starts(optim, 10)
+        return
+    with pytest.raises(UserError, match=rf"'embed' starts after step {start}, and the run has 10; lower start"):
+        check_starts(optim, 10)
 
 
 def test_layers_that_cannot_be_told_are_refused(monkeypatch):
