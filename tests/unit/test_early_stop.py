@@ -46,6 +46,8 @@ def test_it_is_the_first_moment():
 def test_a_new_lowest_must_be_lower_by_min_delta():
     assert verdict([2.0, 1.95, 1.91], patience=2, min_delta=0.1).best_step == 10
     assert verdict([2.0, 1.95, 1.89], patience=2, min_delta=0.1) is None
+    assert verdict([2.0, 2.0, 2.0], patience=2).best_step == 10, "as low is not lower"
+    assert verdict([2.0, 1.5, 1.0], patience=1, min_delta=0.5).best_step == 10
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
