@@ -70,8 +70,12 @@ def main(argv: Sequence[str]) -> None:
     chapter("5. The same fine-tuning, with the corpus replayed beside it")
     rehearsal = {**corpus, "role": "replay", "ratio": world.REPLAY_RATIO}
     _prepare([rows, rehearsal], base, out / "replay-packs", heldout=world.HELDOUT)
-    longer = naming | {"train.max_steps": world.REPLAY_STEPS}
+    watched = {"data.heldout": out / "replay-packs" / "heldout", "eval.every": world.REPLAY_STEPS // 6}
+    asked = {"prompts": out / "questions.txt", "every": world.REPLAY_STEPS // 3, "max_new_tokens": 16}
+    watched |= {f"eval.samples.{name}": value for name, value in asked.items()}
+    longer = naming | {"train.max_steps": world.REPLAY_STEPS} | watched
     _train(base, out / "replay-packs", out / "replay-run", longer, config.ranks)
+    _sft("report", {"run": out / "replay-run"})
 
     chapter("6. What did that one forget?")
     console.print(_gate_in_words(_drift(out, base, [replayed, tuned], out / "drift-replay")), markup=False)

@@ -3,6 +3,7 @@
 Run: pytest tests/e2e/test_demo.py
 """
 
+import html
 import json
 import sys
 
@@ -73,6 +74,16 @@ def test_the_answers_show_it(demo):
     )
     assert answers["tuned"].strip() == answers["replay"].strip() == answers["expected"].strip()
     assert answers["base"].strip() != answers["expected"].strip()
+
+
+def test_the_page_of_the_training_shows_its_samples(demo):
+    run = demo[1] / "replay-run"
+    samples = tiny.read_jsonl(run / "samples.jsonl")
+    assert [line["step"] for line in samples] == [0, 80, 160, 240]
+    page = (run / "report.html").read_text()
+    assert html.escape(samples[-1]["answer"]) in page
+    assert samples[0]["answer"] != samples[-1]["answer"]
+    assert str(run / "report.html") in demo[0]
 
 
 def test_it_ends_with_the_answers_and_names_its_reports(demo):
