@@ -108,16 +108,16 @@ def _vertical_axis(chart: Chart, lines: Sequence[Line]) -> tuple[Axis, str]:
     shown = [0.0] * chart.from_zero + [value for value, _, _ in chart.rules]
     if not chart.cut:
         return Axis([*shown, float(values.min()), float(values.max())]), ""
-    first = next(line for line in lines if line.sets_range)
-    dots = [float(line.values.max()) for line in lines if line.dots and line.sets_range]
-    top = max([ceiling(first.values), *dots])
-    above = first.values > top
+    ranging = [line for line in lines if line.sets_range]
+    top = max(float(line.values.max()) if line.dots else ceiling(line.values) for line in ranging)
+    highest = max(ranging, key=lambda line: float(line.values.max()))
+    above = highest.values > top
     note = ""
     if above.any():
-        highest = int(first.values.argmax())
+        place = int(highest.values.argmax())
         note = (
             f'<p class="note">{int(above.sum()):,} of {len(above):,} steps lie above the picture; the highest is '
-            f"{figure(float(first.values[highest]))}, in step {int(first.steps[highest]):,}.</p>"
+            f"{figure(float(highest.values[place]))}, in step {int(highest.steps[place]):,}.</p>"
         )
     return Axis([*shown, float(values.min()), top]), note
 

@@ -137,7 +137,7 @@ def _events(run: RunFiles) -> str:
     if routine:
         kinds = ", ".join(kind for kind in ROUTINE if any(event.kind == kind for event in routine))
         parts.append(
-            f"<details><summary>{len(routine):,} of everyday: {kinds}</summary>{event_table(routine)}</details>"
+            f"<details><summary>{len(routine):,} everyday ones: {kinds}</summary>{event_table(routine)}</details>"
         )
     return "".join(parts)
 

@@ -36,7 +36,7 @@ def _prompt(prompt: str, answers: list[Sample]) -> str:
         chosen = between if len(between) <= MAX_BETWEEN else chosen
         few = f", {len(chosen)} of them" if len(chosen) < len(between) else ""
         inner = f'<div class="between">{"".join(_answer(sample, LONGEST_BETWEEN) for sample in chosen)}</div>'
-        folded = f"<details><summary>{len(between):,} between{few}</summary>{inner}</details>"
+        folded = f"<details><summary>{len(between):,} in between{few}</summary>{inner}</details>"
     return (
         f'<article class="answer"><h3 class="prompt">{escape(_cut(prompt, LONGEST))}</h3>'
         f'<div class="sides">{sides}</div>{folded}</article>'

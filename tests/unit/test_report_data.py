@@ -1,12 +1,14 @@
 """sft report: what it reads from a run's files, however little or broken, and what it makes of long curves."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sft.report.charts import Chart, Line, draw
 from sft.report.curves import MIN_SMOOTHED, PIXEL_COLUMNS, LogAxis, StepAxis, ceiling, smooth, thin, window
 from sft.report.facts import HANG_AFTER_S, gather, last_sign, total_steps
 from sft.report.files import read_metrics, read_run
@@ -174,6 +176,19 @@ def test_a_picture_is_cut_above_a_few_spikes_only() -> None:
     values[500] = 50.0
     assert 2.0 < ceiling(values) < 3.0
     assert ceiling(np.array([1.0, 50.0])) == 50.0
+
+
+def test_a_curve_of_another_height_is_no_spike() -> None:
+    """One source is at 0.2 throughout, the other falls from 9: nothing may be left out."""
+    steps = np.arange(1, 101)
+    flat, falling = np.full(100, 0.2), np.linspace(9.0, 0.0, 100)
+    lines = [Line("corpus", "source0", steps, flat), Line("alpaca", "source1", steps, falling)]
+    markup, _ = draw(Chart("sources", "Loss by source", "nats", lines, cut=True), StepAxis(0, 100))
+    assert "above the picture" not in markup
+    assert max(float(tick) for tick in re.findall(r"<em[^>]*>([\d.]+)</em>", markup)) >= 8
+    falling[0] = 900.0
+    markup, _ = draw(Chart("sources", "Loss by source", "nats", lines, cut=True), StepAxis(0, 100))
+    assert "1 of 100 steps lie above the picture; the highest is 900, in step 1." in markup, "control"
 
 
 def test_axes() -> None:

@@ -120,7 +120,7 @@ def test_samples_stand_side_by_side(text: str) -> None:
         sides, between = article.split("<details>")
         assert escape(prompt) in sides
         assert re.findall(r"<b>(.*?)</b>", sides) == ["before the first step", "after step 3,000"]
-        assert "11 between, 8 of them" in between
+        assert "11 in between, 8 of them" in between
         assert between.count("<b>after step") == 8
 
 
