@@ -35,6 +35,8 @@ COPY_SHARE = 0.5
 """Of the host memory that is free at the start, the copies of all local ranks may take this part."""
 ASSUMED_BYTES_PER_S = 2e8
 """How fast this rank writes, until a save has been measured: a slow network file system."""
+ASSUMED_FIXED_S = 5.0
+"""What a save takes whatever its size, until one has been measured: ranks agree, folders are made, renamed and synced."""
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Saver:
         self.copies = copy_bytes * local_ranks <= COPY_SHARE * available_host_memory()
         """Whether the state is copied to host memory before it is written."""
         self._copy: dict[str, list[Held]] = {}
-        self.expected_s = self._bytes / ASSUMED_BYTES_PER_S
+        self.expected_s = ASSUMED_FIXED_S + self._bytes / ASSUMED_BYTES_PER_S
         """How long a save will take: the last one, or a cautious guess."""
         self.step = 0
         """Of the newest checkpoint: the one begun last, or the one that the run goes on from."""
