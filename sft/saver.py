@@ -36,7 +36,7 @@ COPY_SHARE = 0.5
 ASSUMED_BYTES_PER_S = 2e8
 """How fast this rank writes, until a save has been measured: a slow network file system."""
 ASSUMED_FIXED_S = 5.0
-"""What a save takes whatever its size, until one has been measured: ranks agree, folders are made, renamed and synced."""
+"""What a save takes whatever its size, until one has been measured: ranks agree, folders are made and synced."""
 
 
 @dataclass
