@@ -58,6 +58,8 @@ class MicroBatch:
     pos_1T: torch.Tensor
     layout: Layout
     predict_N: torch.Tensor
+    predict_on_host: np.ndarray
+    """predict_N again, int64: to choose among them without waiting for a GPU."""
     targets_N: torch.Tensor
     source_N: torch.Tensor
     """int64, below num_sources: the data source of each target."""
@@ -84,13 +86,15 @@ def build(
     labels = np.concatenate([labels for _, labels in documents]).astype(np.int64)
     labels[starts[:-1]] = IGNORE  # no token before it in its document: never a target
     target_positions = np.flatnonzero(labels != IGNORE)
+    predict = target_positions - 1
     positions = np.arange(len(ids)) - np.repeat(starts[:-1], seq_lens)
     source_of_token = np.repeat(np.zeros(len(seq_lens), np.int64) if sources is None else sources, seq_lens)
     return MicroBatch(
         ids_1T=to_device(ids, device)[None],
         pos_1T=to_device(positions, device)[None],
         layout=Layout(seq_lens, to_device(starts.astype(np.int32), device)),
-        predict_N=to_device(target_positions - 1, device),
+        predict_N=to_device(predict, device),
+        predict_on_host=predict,
         targets_N=to_device(labels[target_positions], device),
         source_N=to_device(source_of_token[target_positions].astype(np.int64), device),
         num_sources=num_sources,
@@ -107,12 +111,13 @@ def build_scored(documents: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], d
     inputs = [(ids, np.full(len(ids), IGNORE)) for ids, _ in documents or [filler]]
     ends = np.cumsum([len(ids) for ids, _ in inputs])
     scored = [(end, ids) for end, (_, parts) in zip(ends, documents, strict=False) for ids in parts]
-    predict = [np.arange(end - len(ids), end) for end, ids in scored]
-    sources = [np.full(len(ids), number) for number, (_, ids) in enumerate(scored)]
     nothing = np.zeros(0, np.int64)
+    predict = np.concatenate([nothing, *(np.arange(end - len(ids), end) for end, ids in scored)])
+    sources = [np.full(len(ids), number) for number, (_, ids) in enumerate(scored)]
     return replace(
         build(inputs, device),
-        predict_N=to_device(np.concatenate([nothing, *predict]), device),
+        predict_N=to_device(predict, device),
+        predict_on_host=predict,
         targets_N=to_device(np.concatenate([nothing, *(ids.astype(np.int64) for _, ids in scored)]), device),
         source_N=to_device(np.concatenate([nothing, *sources]), device),
         num_sources=max(1, len(scored)),

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
-from sft.batch import Layout, MicroBatch
+from sft.batch import Layout, MicroBatch, to_device
 from sft.errors import UserError
 
 
@@ -97,7 +98,7 @@ def own_part(batch: MicroBatch, shares: Shares) -> MicroBatch:
 
     Every rank gets equally many tokens: a document of up to size - 1 tokens that weighs nothing fills the last part up.
     `layout` stays that of all tokens, since attention sees them all, and `targets_N` are those that this rank's tokens
-    predict, also where the target itself is the next rank's. There may be none. On a GPU one host sync.
+    predict, also where the target itself is the next rank's. There may be none.
     """
     if shares.size == 1:
         return batch
@@ -107,14 +108,17 @@ def own_part(batch: MicroBatch, shares: Shares) -> MicroBatch:
         seq_lens, cu_seqlens = (*seq_lens, missing), torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
     length = (batch.ids_1T.shape[1] + missing) // shares.size
     start = shares.rank * length
-    is_own_N = (batch.predict_N >= start) & (batch.predict_N < start + length)
-    own_M = is_own_N.nonzero()[:, 0]
+    predict = batch.predict_on_host
+    own = np.flatnonzero((predict >= start) & (predict < start + length))
+    own_M = to_device(own, batch.predict_N.device)
+    positions_1T = torch.cat([batch.pos_1T, torch.arange(missing, device=own_M.device)[None]], dim=1)
     return replace(
         batch,
         ids_1T=pad(batch.ids_1T, (0, missing))[:, start : start + length],
-        pos_1T=torch.cat([batch.pos_1T, batch.pos_1T.new_tensor([range(missing)])], dim=1)[:, start : start + length],
+        pos_1T=positions_1T[:, start : start + length],
         layout=Layout(seq_lens, cu_seqlens, shares.group),
         predict_N=batch.predict_N[own_M] - start,
+        predict_on_host=predict[own] - start,
         targets_N=batch.targets_N[own_M],
         source_N=batch.source_N[own_M],
         start=start,
