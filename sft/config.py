@@ -168,7 +168,8 @@ class OptimSection(Section):
     their product."""
     l2_sp: Annotated[float, Field(ge=0)] = 0.0
     """Pull towards the base model's weights per unit of learning rate (L2-SP, Li et al. 2018), decoupled from the
-    gradient like weight decay, which it is meant to replace; 4 more bytes per parameter, spread over the ranks."""
+    gradient like weight decay, which it is meant to replace: weights come to rest within about 1 / l2_sp of the base.
+    4 more bytes per parameter, spread over the ranks."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -313,6 +314,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.early_stop.min_delta {self.train.early_stop.min_delta} needs train.early_stop.patience: how "
                 "many measurements without a new lowest end the run"
+            )
+        if self.optim.lr * self.optim.l2_sp >= 1:
+            raise ValueError(
+                f"optim.l2_sp {self.optim.l2_sp:g} x optim.lr {self.optim.lr:g} is 1 or more: the pull would overshoot "
+                "the base; lower l2_sp"
             )
         if self.eval.probe.max_drop is not None and self.eval.probe.data is None:
             raise ValueError(

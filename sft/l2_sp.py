@@ -26,6 +26,6 @@ def attach(optimizer: Any, strength: float) -> None:
         # DeepSpeed steps one flat tensor at a time: only the groups' present parameters have been updated
         for group in inner.param_groups:
             for flat in group["params"]:
-                flat.lerp_(base[flat], group["lr"] * strength)
+                flat.lerp_(base[flat], min(1.0, group["lr"] * strength))  # 1: all the way, in the finder's sweep
 
     optimizer.optimizer.register_step_post_hook(pull)

@@ -171,6 +171,12 @@ def test_typo_inside_a_list_of_sources():
     assert text == "unknown key --sources.0.wieght; did you mean 'weight'?"
 
 
+def test_a_pull_that_would_overshoot_is_refused():
+    assert load(RunConfig, [*REQUIRED, "--optim.lr", "2e-5", "--optim.l2_sp", "100"], prog="sft").optim.l2_sp == 100
+    refused = message(*REQUIRED, "--optim.lr", "2e-5", "--optim.l2_sp", "50000")
+    assert refused.startswith("optim.l2_sp 50000 x optim.lr 2e-05 is 1 or more"), refused
+
+
 def test_every_problem_in_one_message(write_yaml):
     path = write_yaml({"model": {"path": "m"}, "optim": {"lr": -1, "betas": [0.9, 2]}, "schedul": {}})
     text = message("--config", path, "--batch.micro_batch", "two", "--foo", "1")
