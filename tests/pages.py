@@ -1,9 +1,12 @@
 """What the tests of pages share: a checker of markup, and headless Chromium where it is installed."""
 
+import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +79,12 @@ def browse(folder: Path, *arguments: str) -> str:
     if ran.returncode:
         pytest.fail(f"{' '.join(command)}: {ran.stderr[-500:]}")
     return ran.stdout
+
+
+def measure(folder: Path, script: str, width: int) -> dict[str, Any]:
+    """What `script` finds in a page beside it, in a frame of this width; phones are narrower than windows may be."""
+    (folder / "frame.html").write_text(script % width)
+    address = (folder / "frame.html").as_uri()
+    dom = browse(folder, "--allow-file-access-from-files", "--virtual-time-budget=4000", "--dump-dom", address)
+    found: dict[str, Any] = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1])  # type: ignore[index]
+    return found

@@ -1,7 +1,6 @@
 """drift.html: well-formed, escaped, loading nothing, and readable in a browser where one is installed."""
 
 import copy
-import json
 import re
 from html import escape
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from sft.eval.report.page import to_html
 from sft.eval.report.wording import MARKS, p_value
 from tests import drift_report
-from tests.pages import Page, browse, needs_browser
+from tests.pages import Page, browse, measure, needs_browser
 from tests.unit.test_eval_report import read_png
 
 
@@ -163,21 +162,12 @@ f.onload = () => {
 </script>"""
 
 
-def measure(folder: Path, width: int) -> dict[str, Any]:
-    """What a browser finds in drift.html in a frame of this width; phones are narrower than its windows may be."""
-    (folder / "frame.html").write_text(MEASURE % width)
-    address = (folder / "frame.html").as_uri()
-    dom = browse(folder, "--allow-file-access-from-files", "--virtual-time-budget=4000", "--dump-dom", address)
-    found: dict[str, Any] = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1])  # type: ignore[index]
-    return found
-
-
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_phone_and_desktop(full: dict[str, Any], tmp_path: Path, width: int) -> None:
     """Nothing reaches beyond the page's edge but what scrolls in its own box; nothing else is requested."""
     (tmp_path / "drift.html").write_text(to_html(full), encoding="utf-8")
-    found = measure(tmp_path, width)
+    found = measure(tmp_path, MEASURE, width)
     assert (found["width"], found["scroll"], found["out"], found["requests"]) == (width, width, [], [])
     assert found["height"] > 3000
     laws = sorted(name.replace("_", " ") for name in full["tasks"]["mmlu"]["subjects"] if "law" in name)
@@ -189,7 +179,7 @@ def test_the_measurement_sees_what_is_too_wide(tmp_path: Path) -> None:
     """The control of the test before."""
     wide = '<main><p style="width:600px">x</p><img src="http://127.0.0.1:9/no.png" alt="no"></main>'
     (tmp_path / "drift.html").write_text(f"<!DOCTYPE html>{wide}")
-    found = measure(tmp_path, 390)
+    found = measure(tmp_path, MEASURE, 390)
     assert found["scroll"] > 390
     assert found["out"] == ["P."]
     assert [Path(name).name for name in found["requests"]] == ["no.png"]

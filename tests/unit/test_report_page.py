@@ -13,7 +13,7 @@ from sft.report.files import read_run
 from sft.report.page import duration, to_html
 from sft.report.run import main
 from tests.drift_report import EVIL
-from tests.pages import Page, browse, needs_browser
+from tests.pages import Page, measure, needs_browser
 from tests.run_files import BEGAN_S, PROMPTS, event, invented
 
 NOW_S = BEGAN_S + 10**6
@@ -236,21 +236,12 @@ f.onload = () => {
 </script>"""
 
 
-def measure(folder: Path, width: int) -> dict[str, Any]:
-    """What a browser finds in report.html in a frame of this width; phones are narrower than its windows may be."""
-    (folder / "frame.html").write_text(MEASURE % width)
-    address = (folder / "frame.html").as_uri()
-    dom = browse(folder, "--allow-file-access-from-files", "--virtual-time-budget=4000", "--dump-dom", address)
-    found: dict[str, Any] = json.loads(re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)[1])  # type: ignore[index]
-    return found
-
-
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_fits_phone_and_desktop_and_reads_out_values(run: Path, text: str, tmp_path: Path, width: int) -> None:
     """Nothing reaches beyond the page's edges, nothing is requested, and no script runs but the page's own."""
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
-    found = measure(tmp_path, width)
+    found = measure(tmp_path, MEASURE, width)
     assert (found["width"], found["scroll"], found["out"], found["requests"]) == (width, width, [], [])
     assert (sorted(found["refused"]), found["owned"]) == (["img-src", "script-src-elem"], False)
     losses = {line["step"]: line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
@@ -268,7 +259,7 @@ def test_the_measurement_sees_what_is_too_wide_and_what_runs(tmp_path: Path) -> 
     """The control of the test before."""
     wide = '<main><p style="width:600px">x</p><img src="http://127.0.0.1:9/no.png" alt="no"></main>'
     (tmp_path / "report.html").write_text(f"<!DOCTYPE html>{wide}")
-    found = measure(tmp_path, 390)
+    found = measure(tmp_path, MEASURE, 390)
     assert found["scroll"] > 390
     assert found["out"] == ["P."]
     assert [Path(name).name for name in found["requests"]] == ["no.png"]
